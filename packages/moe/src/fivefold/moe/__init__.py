@@ -1,0 +1,1 @@
+"""Mixture-of-experts language models under MoE Parallel Folding."""

@@ -1,0 +1,101 @@
+"""Causal self attention: grouped queries, rotary positions, sliding window.
+
+Legend: B sequences, S queries here, T keys, D width of a head, H hidden width.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fivefold.moe.cache import LayerCache
+from fivefold.moe.config import MoEConfig
+from fivefold.parallel_core.linear_group import LinearGroup
+
+Rotation = Callable[[Tensor], Tensor]
+
+
+class AttentionCore(nn.Module):
+    """Softmax attention of queries over the keys up to their own position.
+
+    The seam of context parallelism: everything in attention that looks across positions.
+    """
+
+    def __init__(self, sliding_window: int | None = None):
+        super().__init__()
+        self.sliding_window = sliding_window
+
+    def forward(
+        self, q_bshd: Tensor, k_bthd: Tensor, v_bthd: Tensor, query_start: int | None = None
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            q_bshd: (B, S, query heads, D).
+            k_bthd: keys of positions 0 to T - 1, (B, T, key heads, D); the query heads are a
+                multiple of the key heads, and consecutive ones share a key head.
+            v_bthd: values, like the keys.
+            query_start: position of the first query; the default puts the last query at the
+                last key.
+
+        Returns:
+            (B, S, query heads, D).
+        """
+        start = k_bthd.shape[1] - q_bshd.shape[1] if query_start is None else query_start
+        first, stop = self._visible(start, q_bshd.shape[1])
+        k_bthd, v_bthd = k_bthd[:, first:stop], v_bthd[:, first:stop]
+        q, k, v = (x.transpose(1, 2) for x in (q_bshd, k_bthd, v_bthd))
+        mask = self._mask(q_bshd.shape[1], stop - first, q.device)
+        is_causal = mask is None and q.shape[2] > 1
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return out.transpose(1, 2)
+
+    def _visible(self, start: int, num_queries: int) -> tuple[int, int]:
+        """First and one past the last key position that any of the queries sees."""
+        window = self.sliding_window
+        first = 0 if window is None else max(0, start + 1 - window)
+        return first, start + num_queries
+
+    def _mask(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor | None:
+        """(S, T), true where a query sees a key; None where causality alone says it."""
+        window = self.sliding_window
+        hidden_by_window = window is not None and num_keys > window
+        if num_queries == 1 or (num_queries == num_keys and not hidden_by_window):
+            return None
+        keys_t = torch.arange(num_keys, device=device)
+        queries_s1 = keys_t[num_keys - num_queries :, None]
+        mask_st = keys_t <= queries_s1
+        return mask_st if window is None else mask_st & (keys_t > queries_s1 - window)
+
+
+class Attention(nn.Module):
+    """Projections and rotary positions around an ``AttentionCore``.
+
+    The number of heads is what the projections give, so a rank may hold some of the heads.
+    """
+
+    def __init__(self, config: MoEConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        query_width = config.num_attention_heads * config.head_dim
+        key_width = config.num_key_value_heads * config.head_dim
+        self.qkv = LinearGroup(
+            {
+                "q_proj": nn.Linear(config.hidden_size, query_width, bias=False),
+                "k_proj": nn.Linear(config.hidden_size, key_width, bias=False),
+                "v_proj": nn.Linear(config.hidden_size, key_width, bias=False),
+            }
+        )
+        self.core = AttentionCore(config.sliding_window)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
+
+    def forward(self, x_bsh: Tensor, rotate: Rotation, cache: LayerCache | None = None) -> Tensor:
+        """Hidden states (B, S, H) to (B, S, H), reading and extending ``cache`` if there is one."""
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv(x_bsh))
+        q, k = rotate(q), rotate(k)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        return self.o_proj(self.core(q, k, v).flatten(-2))

@@ -1,0 +1,33 @@
+"""The expert networks of one layer, run together as grouped matrix products.
+
+Legend: T rows (token copies), E experts here, F expert width, H hidden width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fivefold.moe.ops.grouped_mm import grouped_mm
+
+
+class Experts(nn.Module):
+    """``num_experts`` gated (SwiGLU) feed-forward networks: ``down(silu(gate x) * up x)``.
+
+    All shapes are taken from the parameters, so a rank may hold some of the experts
+    (expert parallelism) and a slice of their width (expert tensor parallelism); with a slice the
+    output is this rank's part of a sum.
+
+    Attributes:
+        gate_up: (E, 2, F, H), gate first. The 2 is a dim of its own so that F can be sliced.
+        down: (E, H, F).
+    """
+
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(num_experts, 2, intermediate_size, hidden_size))
+        self.down = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+
+    def forward(self, x_th: Tensor, counts_e: Tensor) -> Tensor:
+        """Rows sorted by expert (T, H), and how many each expert gets (E,), to (T, H)."""
+        gate_tf, up_tf = grouped_mm(x_th, self.gate_up.flatten(1, 2), counts_e).chunk(2, dim=-1)
+        return grouped_mm(F.silu(gate_tf) * up_tf, self.down, counts_e)

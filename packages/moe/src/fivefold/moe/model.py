@@ -1,0 +1,118 @@
+"""A mixture-of-experts language model of the Mixtral family (arXiv 2401.04088), on one device.
+
+Legend: B sequences, S tokens of a sequence here, H hidden width, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from fivefold.moe.attention import Attention, Rotation
+from fivefold.moe.cache import KVCache, LayerCache
+from fivefold.moe.config import MoEConfig
+from fivefold.moe.layer import MoELayer
+from fivefold.moe.pretrained import Pretrained
+from fivefold.moe.rotary import Positions, Rotary
+from fivefold.parallel_core.losses import CrossEntropy, SideOutputs
+
+
+class DecoderLayer(nn.Module):
+    """Attention and a mixture of experts, each behind a norm and added to its input."""
+
+    def __init__(self, config: MoEConfig, layer: int, side: SideOutputs):
+        super().__init__()
+        self.input_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = MoELayer(config, layer, side)
+
+    def forward(self, x_bsh: Tensor, rotate: Rotation, cache: LayerCache | None = None) -> Tensor:
+        """Hidden states (B, S, H) to (B, S, H)."""
+        x_bsh = x_bsh + self.attention(self.input_norm(x_bsh), rotate, cache)
+        return x_bsh + self.mlp(self.mlp_norm(x_bsh))
+
+
+class MoEForCausalLM(Pretrained, nn.Module):
+    """Token ids in, logits of the next token out.
+
+    A pipeline stage is the same module with the parts it does not hold set to None or taken out
+    of ``layers``; it then reads or returns hidden states instead.
+
+    Args:
+        config: the model's shape. Weights are drawn from ``initialisation`` with torch's global
+            generator, unless the model is made on the meta device.
+
+    Attributes:
+        side: losses and counts of all layers, see ``SideOutputs``.
+        layers: decoder layers by their global index.
+        positions: seam; positions of the tokens here.
+        loss: seam; sum of the tokens' cross entropies.
+
+    >>> config = MoEConfig(vocab_size=100, hidden_size=32, num_layers=2, num_attention_heads=4,
+    ...                    expert_intermediate_size=48, num_experts=4, num_experts_per_token=2)
+    >>> MoEForCausalLM(config)(torch.tensor([[1, 2, 3]])).shape
+    torch.Size([1, 3, 100])
+    """
+
+    embed_tokens: nn.Embedding | None
+    norm: nn.RMSNorm | None
+    lm_head: nn.Linear | None
+
+    def __init__(self, config: MoEConfig):
+        super().__init__()
+        self.config = config
+        self.side = SideOutputs()
+        self.positions: nn.Module = Positions()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleDict(
+            {str(i): DecoderLayer(config, i, self.side) for i in range(config.num_layers)}
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss: nn.Module = CrossEntropy()
+        self.tie_weights()
+        self.reset_parameters()
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Run the layers that are here.
+
+        Args:
+            x: token ids (B, S), or hidden states (B, S, H) where ``embed_tokens`` is None.
+            cache: keys and values of the tokens before these; extended by these.
+
+        Returns:
+            Logits (B, S, V), or hidden states (B, S, H) where ``lm_head`` is None.
+        """
+        if self.embed_tokens is not None:
+            x = self.embed_tokens(x)
+        start = 0 if cache is None else cache.length
+        rotate = Rotary(self.positions, start, self.config.head_dim, self.config.rope_theta)
+        for name, layer in self.layers.items():
+            x = layer(x, rotate, None if cache is None else cache.layer(name))
+        if self.norm is not None:
+            x = self.norm(x)
+        if self.lm_head is not None:
+            x = self.lm_head(x)
+        return x
+
+    def initialisation(self, name: str) -> tuple[str, float]:
+        """How the parameter called ``name`` starts: ("ones", 0) or ("normal", deviation)."""
+        if name.split(".")[-2].endswith("norm"):
+            return "ones", 0.0
+        return "normal", self.config.initializer_range
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw every parameter that is here anew, with torch's global generator."""
+        for name, parameter in self.named_parameters():
+            kind, deviation = self.initialisation(name)
+            if kind == "ones":
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, deviation)
+
+    def tie_weights(self) -> None:
+        """Make the output layer the embedding again, which moving off the meta device undoes."""
+        if not self.config.tie_word_embeddings:
+            return
+        if self.embed_tokens is not None and self.lm_head is not None:
+            self.lm_head.weight = self.embed_tokens.weight

@@ -1,0 +1,56 @@
+"""Rotary position embedding: rotates pairs of a head's values by an angle of the position.
+
+Legend: B sequences, S positions here, D width of a head.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class Positions(nn.Module):
+    """Positions of the tokens that this rank holds; the seam that splits of a sequence swap."""
+
+    def forward(self, length: int, device: torch.device) -> Tensor:
+        """Positions of ``length`` tokens, integers (S,)."""
+        return torch.arange(length, device=device)
+
+
+class Rotary:
+    """The rotation of one forward pass, for queries and keys of every layer.
+
+    The angles are computed when the first layer asks, because only there the number of
+    positions is known (a rank may hold a part of the sequence between layers), and are kept for
+    the layers after it.
+
+    Args:
+        positions: gives the positions of the tokens here.
+        start: position of the first token, above 0 with a cache.
+        head_dim: D.
+        theta: base of the wavelengths.
+    """
+
+    def __init__(self, positions: nn.Module, start: int, head_dim: int, theta: float):
+        self.positions = positions
+        self.start = start
+        self.head_dim = head_dim
+        self.theta = theta
+        self._tables: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, x_bshd: Tensor) -> Tensor:
+        """Rotate queries or keys (B, S, heads, D)."""
+        if self._tables is None:
+            self._tables = self._compute(x_bshd)
+        cos_s1d, sin_s1d = self._tables
+        first, second = x_bshd.chunk(2, dim=-1)
+        return x_bshd * cos_s1d + torch.cat((-second, first), dim=-1) * sin_s1d
+
+    def _compute(self, x_bshd: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (S, 1, D) in x's dtype, from float32 angles as transformers has."""
+        positions_s = self.positions(x_bshd.shape[1], x_bshd.device) + self.start
+        # On the CPU whatever the device: models were trained with these very float32 values, and
+        # another device's power function differs in the last bit.
+        steps = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device="cpu")
+        frequencies = 1.0 / self.theta ** (steps / self.head_dim)
+        angles = positions_s[:, None].float() * frequencies.to(x_bshd.device)
+        angles_s1d = torch.cat((angles, angles), dim=-1).unsqueeze(1)
+        return angles_s1d.cos().to(x_bshd.dtype), angles_s1d.sin().to(x_bshd.dtype)

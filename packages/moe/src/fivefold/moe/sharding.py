@@ -1,0 +1,106 @@
+"""How the model lies over the ranks: one line for each kind of module.
+
+Attention is split over (tp, cp, dp, pp), experts over (etp, ep, edp, pp). Between the layers the
+sequence is split over tp and cp (sequence parallelism), so each rank's tokens are its own.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fivefold.moe.config import MoEConfig
+from fivefold.moe.errors import MoEConfigError
+from fivefold.moe.experts import Experts
+from fivefold.moe.folded import folded_dispatcher
+from fivefold.parallel_core.layout import Layout
+from fivefold.parallel_core.parameters import ParameterTable, Placement
+from fivefold.parallel_core.styles import (
+    ColumnParallel,
+    ContextPositions,
+    GatherContext,
+    Plan,
+    Replicate,
+    RowParallel,
+    Style,
+    SumOver,
+    VocabParallel,
+    VocabParallelLoss,
+    shard_parameter,
+)
+
+HEAD = ("embed_tokens",)
+"""Modules of the first pipeline stage only."""
+
+TAIL = ("norm", "lm_head")
+"""Modules of the last pipeline stage only."""
+
+
+@dataclass(frozen=True)
+class ExpertParallel(Style):
+    """Experts over "ep", the width of each over "etp"; their data axis is "edp"."""
+
+    def apply(self, module: nn.Module, name: str, table: ParameterTable) -> nn.Module:
+        """Cut ``gate_up`` (E, 2, F, H) and ``down`` (E, H, F)."""
+        self._expect(module, name, Experts)
+        for parameter, width in (("gate_up", 2), ("down", 2)):
+            shape = tuple(module.get_parameter(parameter).shape)
+            placement = Placement(shape=shape, sharded=((0, "ep"), (width, "etp")), data="edp")
+            shard_parameter(module, name, parameter, table, placement)
+        return module
+
+
+@dataclass(frozen=True)
+class FoldedDispatch(Style):
+    """The dispatcher that sends token copies to the experts' ranks."""
+
+    def apply(self, module: nn.Module, name: str, table: ParameterTable) -> nn.Module:
+        """Swap the dispatcher."""
+        return folded_dispatcher(module, table.topology)
+
+
+def plan(config: MoEConfig) -> Plan:
+    """The plan of a mixture-of-experts decoder."""
+    return {
+        "embed_tokens": VocabParallel(),
+        "positions": ContextPositions(),
+        "layers.*.input_norm": Replicate(),
+        "layers.*.attention.qkv": ColumnParallel(),
+        "layers.*.attention.core": GatherContext(),
+        "layers.*.attention.o_proj": RowParallel(),
+        "layers.*.mlp_norm": Replicate(),
+        "layers.*.mlp.router": Replicate(),
+        "layers.*.mlp.router.sequence_total": SumOver("tp-cp"),
+        "layers.*.mlp.dispatcher": FoldedDispatch(),
+        "layers.*.mlp.experts": ExpertParallel(),
+        "norm": Replicate(),
+        "lm_head": VocabParallel(),
+        "loss": VocabParallelLoss(config.vocab_size),
+    }
+
+
+def check(config: MoEConfig, layout: Layout, sequence_length: int | None = None) -> None:
+    """Check that a model fits a layout, before anything is built.
+
+    Raises:
+        MoEConfigError: with the size that does not divide and what would.
+    """
+    sizes = [
+        ("num_attention_heads", config.num_attention_heads, "tp", layout.tp),
+        ("num_key_value_heads", config.num_key_value_heads, "tp", layout.tp),
+        ("num_experts", config.num_experts, "ep", layout.ep),
+        ("expert_intermediate_size", config.expert_intermediate_size, "etp", layout.etp),
+    ]
+    if sequence_length is not None:
+        sizes.append(("sequence_length", sequence_length, "tp*cp", layout.tp * layout.cp))
+    for name, size, axis, degree in sizes:
+        if size % degree:
+            legal = [d for d in range(1, size + 1) if size % d == 0]
+            shown = ", ".join(map(str, legal[:12])) + (", ..." if len(legal) > 12 else "")
+            raise MoEConfigError(
+                f"{name}={size} cannot be split over {axis}={degree}; {axis} may be {shown}"
+            )
+    if config.tie_word_embeddings and layout.pp > 1:
+        raise MoEConfigError(
+            f"tie_word_embeddings with pp={layout.pp}: the embedding is on the first stage and the "
+            "output layer on the last; use pp=1 or untie them"
+        )

@@ -1,0 +1,1 @@
+"""Five-dimensional parallelism for torch, from rank arithmetic to the training loop."""

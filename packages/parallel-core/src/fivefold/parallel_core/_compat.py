@@ -1,0 +1,47 @@
+"""Collectives whose names changed between the torch releases that we support, under one name."""
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup, Work
+
+# torch 2.13 warns on the names that 2.11 and 2.12 know; looking them up by name keeps both quiet.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def all_gather_single(
+    output: Tensor, input: Tensor, group: ProcessGroup | None = None, async_op: bool = False
+) -> Work | None:
+    """Write every rank's ``input`` into ``output``, in rank order along dim 0.
+
+    Args:
+        output: contiguous, (n * d0, ...) or (n, d0, ...) for n ranks and ``input`` (d0, ...).
+        input: contiguous, of one shape on all ranks.
+        group: the ranks that take part; None means all.
+        async_op: return at once; ``output`` is ready after ``wait()`` on what is returned.
+
+    Returns:
+        The work to wait for if ``async_op``, otherwise None.
+    """
+    work: Work | None = _all_gather(output, input, group=group, async_op=async_op)
+    return work
+
+
+def reduce_scatter_single(
+    output: Tensor, input: Tensor, group: ProcessGroup | None = None, async_op: bool = False
+) -> Work | None:
+    """Sum ``input`` over the ranks and write this rank's share of dim 0 into ``output``.
+
+    Args:
+        output: contiguous, (d0, ...).
+        input: contiguous, (n * d0, ...) or (n, d0, ...) for n ranks, of one shape on all ranks.
+        group: the ranks that take part; None means all.
+        async_op: return at once; ``output`` is ready after ``wait()`` on what is returned.
+
+    Returns:
+        The work to wait for if ``async_op``, otherwise None.
+    """
+    work: Work | None = _reduce_scatter(output, input, group=group, async_op=async_op)
+    return work

@@ -1,0 +1,99 @@
+"""From a model's constructor to what one rank holds of it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fivefold.parallel_core.data_parallel import Precision
+from fivefold.parallel_core.losses import SideOutputs
+from fivefold.parallel_core.parallelize import parallelize
+from fivefold.parallel_core.parameters import ParameterTable, Piece, initialise
+from fivefold.parallel_core.pipeline import PipelineConfig, keep_stage
+from fivefold.parallel_core.styles import Plan
+from fivefold.parallel_core.topology import Topology
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ParallelModel:
+    """What one rank holds of a model.
+
+    Attributes:
+        parts: its pipeline stages, one unless the schedule is interleaved.
+        table: placement of every parameter of the parts.
+        topology: the ranks.
+    """
+
+    parts: Sequence[nn.Module]
+    table: ParameterTable
+    topology: Topology
+
+    def pieces(self) -> list[Piece]:
+        """This rank's pieces of all parameters."""
+        return [piece for part in self.parts for piece in self.table.pieces(part)]
+
+    def initialise(self, rule: Callable[[str], tuple[str, float]], seed: int) -> None:
+        """Draw all parameters, independently of the layout; see ``parameters.initialise``."""
+        with torch.no_grad():
+            initialise(self.pieces(), rule, seed)
+
+    def train(self, mode: bool = True) -> None:
+        """Set every part's training mode."""
+        for part in self.parts:
+            part.train(mode)
+
+    def _sides(self) -> list[SideOutputs]:
+        found = (getattr(part, "side", None) for part in self.parts)
+        return [side for side in found if isinstance(side, SideOutputs)]
+
+    def weigh_side_losses(self, weight: float) -> None:
+        """Set the gradient of the total loss with respect to every side loss."""
+        for side in self._sides():
+            side.weight = weight
+
+    def drain_side_outputs(self) -> Mapping[str, Tensor]:
+        """Totals of the side outputs of all parts since the last call."""
+        totals: dict[str, Tensor] = {}
+        for side in self._sides():
+            for name, value in side.drain().items():
+                totals[name] = totals[name] + value if name in totals else value
+        return totals
+
+
+def build(
+    make: Callable[[], nn.Module],
+    topology: Topology,
+    plan: Plan,
+    *,
+    head: Sequence[str],
+    tail: Sequence[str],
+    pipeline: PipelineConfig | None = None,
+    precision: Precision | None = None,
+    dtype: torch.dtype | None = None,
+) -> ParallelModel:
+    """Make this rank's part of a model with storage but no values.
+
+    The whole model exists on the meta device only, so its size does not matter here.
+
+    Args:
+        make: makes the whole model.
+        topology: the ranks.
+        plan: how modules lie over the model axes.
+        head: modules of the first pipeline stage only.
+        tail: modules of the last pipeline stage only.
+        pipeline: schedule; the default has one stage on each rank.
+        precision: dtypes and FSDP for training; None for inference.
+        dtype: of the parameters where ``precision`` is None.
+    """
+    pp = topology.axis("pp")
+    per_rank = pipeline.stages_per_rank if pipeline else 1
+    table = ParameterTable(topology)
+    parts = []
+    for i in range(per_rank):
+        with torch.device("meta"):
+            part = make().to(precision.storage_dtype if precision else dtype)
+        keep_stage(part, pp.rank + i * pp.size, pp.size * per_rank, head=head, tail=tail)
+        parallelize(part, topology, plan, precision, table)
+        parts.append(part.to_empty(device=topology.device))
+    return ParallelModel(parts, table, topology)

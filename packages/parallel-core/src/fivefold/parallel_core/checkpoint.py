@@ -1,0 +1,200 @@
+"""Checkpoints that are saved under one layout and loaded under another.
+
+Tensors are stored by ``torch.distributed.checkpoint`` under global names and in boxes of the whole
+tensor, so nothing in the files knows how many ranks wrote them. A checkpoint appears in one
+``rename`` when all of it is on disk; until then it has a name that no reader takes.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from fivefold.parallel_core.box import Box
+from fivefold.parallel_core.errors import CheckpointError
+
+_STATE = "state.json"
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorPart:
+    """This rank's box of a tensor of ``shape``; what checkpoints are made of.
+
+    Attributes:
+        tensor: the values, of shape ``box.size``; loading writes into them.
+        box: where they lie.
+        shape: of the whole tensor.
+    """
+
+    tensor: Tensor
+    box: Box
+    shape: tuple[int, ...]
+
+    def size(self) -> torch.Size:
+        """Shape of the whole tensor; torch compares it with the stored one."""
+        return torch.Size(self.shape)
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        if self.box.numel == 0:
+            return []
+        return [ChunkStorageMetadata(torch.Size(self.box.offset), torch.Size(self.box.size))]
+
+    def __create_write_items__(self, name: str, part: object) -> list[WriteItem]:
+        return [
+            WriteItem(
+                index=MetadataIndex(name, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=chunk,
+                    properties=TensorProperties.create_from_tensor(self.tensor),
+                    size=self.size(),
+                ),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+
+class _SavePlanner(DefaultSavePlanner):
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        found = self.state_dict[index.fqn]
+        return found.tensor if isinstance(found, TensorPart) else super().lookup_object(index)
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        found = self.state_dict[index.fqn]
+        return found.tensor if isinstance(found, TensorPart) else super().lookup_tensor(index)
+
+
+class Checkpoints:
+    """The checkpoints of one run: ``step-00000100`` and so on in one folder.
+
+    Args:
+        folder: the run's folder of checkpoints, on storage that all ranks share.
+        keep: how many of the newest to keep; older ones are removed after a newer one is whole.
+    """
+
+    def __init__(self, folder: Path | str, keep: int = 2):
+        if keep < 1:
+            raise CheckpointError(f"keep={keep} checkpoints; at least 1 must be kept")
+        self.folder, self.keep = Path(folder), keep
+
+    def save(self, step: int, parts: Mapping[str, Any], state: Mapping[str, Any]) -> Path:
+        """Save on all ranks together; returns when the checkpoint is whole.
+
+        Args:
+            step: number of finished steps.
+            parts: name to ``TensorPart``; copies that several ranks hold are written once.
+            state: small plain data of the run, the same on every rank; stored as JSON.
+        """
+        final = self.folder / f"step-{step:08d}"
+        partial = final.with_suffix(".partial")
+        if _rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        _barrier()
+        dcp.save(
+            dict(parts),
+            checkpoint_id=partial,
+            planner=_SavePlanner(),
+            no_dist=not dist.is_initialized(),
+        )
+        if _rank() == 0:
+            self._finish(partial, final, {**state, "step": step})
+        _barrier()
+        return final
+
+    def _finish(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
+        state["files"] = {f.name: f.stat().st_size for f in sorted(partial.iterdir())}
+        with open(partial / _STATE, "w") as file:
+            json.dump(state, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in self.steps()[: -self.keep]:
+            shutil.rmtree(self.folder / f"step-{old:08d}", ignore_errors=True)
+
+    def steps(self) -> list[int]:
+        """Steps of the whole checkpoints, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        names = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted(int(name[1]) for name in names if name)
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint all of whose files are there and of the right size."""
+        for step in reversed(self.steps()):
+            path = self.folder / f"step-{step:08d}"
+            try:
+                read_state(path)
+            except CheckpointError:
+                continue
+            return path
+        return None
+
+
+def read_state(path: Path | str) -> dict[str, Any]:
+    """The plain data saved with a checkpoint, after a look at its files.
+
+    Raises:
+        CheckpointError: it is not a checkpoint, or a file is missing or of another size.
+    """
+    path = Path(path)
+    try:
+        state: dict[str, Any] = json.loads((path / _STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from None
+    for name, size in state["files"].items():
+        found = (path / name).stat().st_size if (path / name).exists() else None
+        if found != size:
+            what = "is missing" if found is None else f"has {found} bytes"
+            raise CheckpointError(f"{path / name} {what}; the checkpoint was saved with {size} bytes")
+    return state
+
+
+def load_parts(path: Path | str, parts: Mapping[str, Any]) -> None:
+    """Fill ``parts`` in place from a checkpoint, on all ranks together, whatever wrote it.
+
+    Raises:
+        CheckpointError: a name is not in the checkpoint or has another shape there.
+    """
+    read_state(path)
+    try:
+        dcp.load(
+            dict(parts),
+            checkpoint_id=path,
+            planner=_LoadPlanner(),
+            no_dist=not dist.is_initialized(),
+        )
+    except (RuntimeError, ValueError, OSError, dcp.CheckpointException) as error:
+        cause = error
+        if isinstance(error, dcp.CheckpointException) and error.failures:
+            cause = next(iter(error.failures.values()))[0]
+        raise CheckpointError(f"{path} cannot be loaded into this model: {cause}") from error
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,75 @@
+"""What happens to gradients between backward and the optimizer: sums, global norm, clipping.
+
+The sum over the data axes is FSDP's; what is left is the axes on which a replicated parameter saw
+only a part of the tokens (the norms and the router under sequence parallelism).
+"""
+
+from collections import defaultdict
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fivefold.parallel_core.ledger import labelled
+from fivefold.parallel_core.parameters import Piece
+from fivefold.parallel_core.topology import Axis, Topology
+
+
+def sum_partial(pieces: list[Piece], topology: Topology) -> None:
+    """Sum every gradient over the axes on which the table calls it partial, in place.
+
+    One all-reduce for each axis and dtype, however many parameters there are.
+    """
+    batches: dict[tuple[str, torch.dtype], list[Tensor]] = defaultdict(list)
+    for piece in pieces:
+        for axis in piece.placement.partial:
+            if topology.size(axis) > 1 and piece.local.numel():
+                grad = _gradient_of(piece)
+                batches[axis, grad.dtype].append(grad)
+    for (name, _), grads in batches.items():
+        _sum_together(grads, topology.axis(name))
+
+
+def _gradient_of(piece: Piece) -> Tensor:
+    """The local gradient; zeros where backward left none, since the other ranks may have some."""
+    if piece.parameter.grad is None:
+        piece.parameter.grad = torch.zeros_like(piece.parameter)
+    grad = piece.grad
+    if grad is None:
+        raise RuntimeError(f"the gradient of {piece.name} could not be set")
+    return grad
+
+
+def _sum_together(grads: list[Tensor], axis: Axis) -> None:
+    flat = torch.cat([grad.reshape(-1) for grad in grads])
+    with labelled(axis.name):
+        dist.all_reduce(flat, group=axis.group)
+    for grad, summed in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        grad.copy_(summed.view_as(grad))
+
+
+def global_norm(pieces: list[Piece], topology: Topology) -> Tensor:
+    """The 2-norm of the gradient of the whole model, each element counted once.
+
+    Returns:
+        A float64 scalar, the same on every rank.
+    """
+    squares = [
+        torch.linalg.vector_norm(piece.grad).double().square()
+        for piece in pieces
+        if piece.counted and piece.grad is not None
+    ]
+    device = topology.device
+    total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
+    total = total.to(device)
+    if topology.world.group is not None:
+        with labelled("world"):
+            dist.all_reduce(total, group=topology.world.group)
+    return total.sqrt()
+
+
+def clip(pieces: list[Piece], norm: Tensor, limit: float) -> None:
+    """Scale every gradient by min(1, limit / norm), in place."""
+    factor = min(1.0, limit / max(float(norm), 1e-30))
+    if factor < 1.0:
+        torch._foreach_mul_([piece.grad for piece in pieces if piece.grad is not None], factor)

@@ -1,0 +1,73 @@
+"""Applying a plan to a model, in the one order: model axes by the plan, then data."""
+
+import re
+
+from torch import nn
+
+from fivefold.parallel_core.data_parallel import Precision, shard_data
+from fivefold.parallel_core.errors import ConfigError
+from fivefold.parallel_core.parameters import ParameterTable
+from fivefold.parallel_core.styles import Plan, Style
+from fivefold.parallel_core.topology import Topology
+
+
+def parallelize(
+    model: nn.Module,
+    topology: Topology,
+    plan: Plan,
+    precision: Precision | None = None,
+    table: ParameterTable | None = None,
+) -> ParameterTable:
+    """Lay ``model`` over the ranks of ``topology``, in place.
+
+    A parameter may be on meta (its values come later: ``parameters.initialise``, a checkpoint, or
+    a released model's files) or real (it is cut down to this rank's piece).
+
+    Args:
+        model: with whole parameters; a pipeline stage keeps its global names.
+        topology: the ranks.
+        plan: module name pattern to style. Every parameter must fall under one style.
+        precision: dtypes and FSDP's resharding; None leaves parameters unsharded over the data
+            axes, as inference wants them.
+        table: the table to enter parameters in, for the second and later stages of one rank.
+
+    Returns:
+        The table of the model's parameters.
+
+    Raises:
+        ConfigError: a module under two patterns, a parameter under none, or a dim that does not
+            divide.
+    """
+    table = ParameterTable(topology) if table is None else table
+    for name, style in _matches(model, plan):
+        parent, _, child = name.rpartition(".")
+        replacement = style.apply(model.get_submodule(name), name, table)
+        setattr(model.get_submodule(parent), child, replacement)
+    table.pieces(model)
+    if precision is not None:
+        shard_data(model, table, _units(model), precision)
+    return table
+
+
+def _matches(model: nn.Module, plan: Plan) -> list[tuple[str, Style]]:
+    patterns = {
+        pattern: re.compile(re.escape(pattern).replace(r"\*", "[^.]+")) for pattern in plan
+    }
+    found = []
+    for name, _ in model.named_modules():
+        hits = [pattern for pattern, regex in patterns.items() if regex.fullmatch(name)]
+        if len(hits) > 1:
+            raise ConfigError(f"module {name!r} falls under {len(hits)} patterns: {', '.join(hits)}")
+        if hits:
+            found.append((name, plan[hits[0]]))
+    return found
+
+
+def _units(model: nn.Module) -> list[str]:
+    """The members of the model's module lists and dicts: its layers."""
+    return [
+        f"{name}.{key}"
+        for name, child in model.named_children()
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict))
+        for key, _ in child.named_children()
+    ]

@@ -1,0 +1,236 @@
+"""The one table of parameters: how each is laid over the ranks, and what follows from that.
+
+Initialisation, gradient reduction, the global norm, checkpoints and export read this table and
+nothing else, so a parameter cannot be sharded in one of them and replicated in another.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from fivefold.parallel_core.box import Box
+from fivefold.parallel_core.errors import ConfigError
+from fivefold.parallel_core.topology import Topology
+
+# Axes of each view that are not data axes: a parameter is either sharded or replicated over them.
+_MODEL_AXES = {"dp-cp": ("tp",), "edp": ("ep", "etp")}
+
+# Elements that are drawn with one seed; small enough that a rank never makes a tensor much larger
+# than what it keeps, large enough that seeding costs nothing.
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """How one parameter lies over the ranks.
+
+    Attributes:
+        shape: of the whole parameter, without padding.
+        sharded: (dim, axis) of every sharded dim.
+        partial: axes over which backward leaves a part of the gradient on each rank, besides the
+            data axes. A norm's weight under sequence parallelism is partial over "tp".
+        data: the axes whose ranks see other data for the same values: "dp-cp" in the attention
+            view, "edp" in the expert view.
+    """
+
+    shape: tuple[int, ...]
+    sharded: tuple[tuple[int, str], ...] = ()
+    partial: tuple[str, ...] = ()
+    data: str = "dp-cp"
+
+    def replicated(self) -> tuple[str, ...]:
+        """Axes of the view whose ranks all hold the same values."""
+        taken = {axis for _, axis in self.sharded}
+        return tuple(axis for axis in _MODEL_AXES[self.data] if axis not in taken)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """What this rank holds of one parameter.
+
+    Attributes:
+        name: global name.
+        parameter: the module's parameter; a DTensor under FSDP.
+        box: where the piece lies in the whole parameter.
+        placement: its row of the table.
+        counted: whether this rank counts it in sums over all ranks; of the ranks that hold equal
+            copies one does.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    box: Box
+    placement: Placement
+    counted: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole parameter."""
+        return self.placement.shape
+
+    @property
+    def local(self) -> Tensor:
+        """The rank's values with padding, as the optimizer steps on them."""
+        return local_values(self.parameter)
+
+    @property
+    def tensor(self) -> Tensor:
+        """The rank's values without padding: ``tensor.shape == box.size``; writable in place."""
+        return self.trim(self.local)
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The gradient of ``local``, or None."""
+        grad = self.parameter.grad
+        return None if grad is None else local_values(grad)
+
+    def trim(self, local: Tensor) -> Tensor:
+        """The part of a tensor shaped like ``local`` that is not padding."""
+        return local[tuple(slice(0, size) for size in self.box.size)]
+
+
+def local_values(tensor: Tensor) -> Tensor:
+    """The plain local tensor of a parameter or gradient, detached and sharing its memory."""
+    if isinstance(tensor, DTensor):
+        return tensor.detach().to_local()
+    return tensor.detach()
+
+
+class ParameterTable(Mapping[str, Placement]):
+    """Global parameter name to its placement.
+
+    Args:
+        topology: the ranks; the default is one process by itself.
+    """
+
+    def __init__(self, topology: Topology | None = None):
+        self.topology = topology or Topology.local()
+        self._rows: dict[str, Placement] = {}
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "ParameterTable":
+        """The table of a model that is not parallel: every parameter whole."""
+        table = cls()
+        for name, parameter in model.named_parameters():
+            table.add(name, Placement(shape=tuple(parameter.shape)))
+        return table
+
+    def __getitem__(self, name: str) -> Placement:
+        return self._rows[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, name: str, placement: Placement) -> None:
+        """Enter a parameter.
+
+        Raises:
+            ConfigError: it is there already.
+        """
+        if name in self._rows:
+            raise ConfigError(f"two rules of the plan place the parameter {name!r}; it needs one")
+        self._rows[name] = placement
+
+    def pieces(self, model: nn.Module) -> list[Piece]:
+        """What this rank holds of ``model``'s parameters, in the model's order.
+
+        Raises:
+            ConfigError: a parameter that no rule of the plan placed.
+        """
+        missing = [name for name, _ in model.named_parameters() if name not in self._rows]
+        if missing:
+            raise ConfigError(
+                f"no rule of the plan places the parameter(s) {', '.join(missing)}; every "
+                "parameter needs one, so that its gradient is reduced over the right ranks"
+            )
+        return [self._piece(name, parameter) for name, parameter in model.named_parameters()]
+
+    def _piece(self, name: str, parameter: nn.Parameter) -> Piece:
+        placement = self._rows[name]
+        # On dims of the tensor before FSDP, then FSDP's own shard inside it.
+        shape = list(parameter.shape)
+        offset = [0] * len(shape)
+        for dim, axis in placement.sharded:
+            offset[dim] = self.topology.rank(axis) * shape[dim]
+        if isinstance(parameter, DTensor):
+            size, inner = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
+            offset, shape = [a + b for a, b in zip(offset, inner, strict=True)], list(size)
+        local = Box(tuple(offset), tuple(shape))
+        box = local.intersect(Box.whole(placement.shape))
+        if box.numel == 0:
+            box = Box((0,) * len(shape), (0,) * len(shape))
+        counted = all(self.topology.rank(axis) == 0 for axis in placement.replicated())
+        return Piece(name, parameter, box, placement, counted)
+
+
+def initialise(
+    pieces: list[Piece], rule: Callable[[str], tuple[str, float]], seed: int
+) -> None:
+    """Fill every parameter so that the whole model does not depend on the layout.
+
+    Each block of a parameter is drawn from a generator seeded by (seed, name, block), whoever
+    holds it; a rank draws the blocks that its box touches and keeps its part.
+
+    Args:
+        pieces: what this rank holds.
+        rule: name to ("normal", standard deviation), ("ones", 0) or ("zeros", 0).
+        seed: of the whole model.
+
+    Raises:
+        ConfigError: ``rule`` names another kind.
+    """
+    for piece in pieces:
+        kind, scale = rule(piece.name)
+        piece.local.zero_()
+        if kind == "normal":
+            _fill_normal(piece, scale, seed)
+        elif kind == "ones":
+            piece.tensor.fill_(1.0)
+        elif kind != "zeros":
+            raise ConfigError(
+                f"initialisation {kind!r} of {piece.name}; there are 'normal', 'ones' and 'zeros'"
+            )
+
+
+def _fill_normal(piece: Piece, std: float, seed: int) -> None:
+    """Draw the piece as a stack of matrices; a vector is a matrix of one column."""
+    column = (1,) if len(piece.shape) == 1 else ()
+    box = Box(piece.box.offset + (0,) * len(column), piece.box.size + column)
+    target = piece.tensor.view(box.size) if column else piece.tensor
+    rows = (piece.shape + column)[-2]
+    for index in product(*map(range, box.size[:-2])):
+        where = [i + start for i, start in zip(index, box.offset, strict=False)]
+        key = f"{seed}/{piece.name}/{where}"
+        _fill_matrix(target[index], (rows, (piece.shape + column)[-1]), box, std, key)
+
+
+def _fill_matrix(
+    target: Tensor, shape: tuple[int, int], box: Box, std: float, key: str
+) -> None:
+    """Draw the blocks of rows that the box's last two dims touch, and keep what is in the box."""
+    rows, columns = shape
+    height = max(1, _BLOCK // columns)
+    first, stop = box.slices[-2].start, box.slices[-2].stop
+    for block in range(first // height, -(-stop // height) if stop > first else 0):
+        start, end = block * height, min(rows, (block + 1) * height)
+        drawn = _draw((end - start, columns), std, f"{key}/{block}")
+        low, high = max(start, first), min(end, stop)
+        part = drawn[low - start : high - start, box.slices[-1]]
+        target[low - first : high - first].copy_(part)
+
+
+def _draw(shape: tuple[int, int], std: float, key: str) -> Tensor:
+    seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest())
+    generator = torch.Generator().manual_seed(seed)
+    return torch.empty(shape).normal_(0.0, std, generator=generator)

@@ -1,0 +1,268 @@
+"""Running a step's microbatches, through pipeline stages where there are any."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
+
+from fivefold.parallel_core.config import Config
+from fivefold.parallel_core.data_parallel import synchronise_last
+from fivefold.parallel_core.errors import ConfigError
+from fivefold.parallel_core.topology import Topology
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineConfig(Config):
+    """How the layers lie over the pipeline ranks.
+
+    Attributes:
+        schedule: "1F1B" has one stage on each rank, "Interleaved1F1B" several.
+        stages_per_rank: number of stages on each rank; 1 for "1F1B".
+    """
+
+    schedule: Literal["1F1B", "Interleaved1F1B"] = "1F1B"
+    stages_per_rank: int = 1
+
+    def __post_init__(self) -> None:
+        if (self.schedule == "1F1B") != (self.stages_per_rank == 1) or self.stages_per_rank < 1:
+            raise ConfigError(
+                f"schedule {self.schedule!r} with stages_per_rank={self.stages_per_rank}; '1F1B' "
+                "has 1 stage on each rank, 'Interleaved1F1B' 2 or more"
+            )
+
+    def check(self, num_ranks: int, num_microbatches: int) -> None:
+        """Check that the schedule can run.
+
+        Raises:
+            ConfigError: too few microbatches, or a number the schedule cannot deal out.
+        """
+        if num_ranks == 1:
+            if self.stages_per_rank != 1:
+                raise ConfigError(
+                    f"{self.stages_per_rank} stages on each rank need a pipeline; pp is 1"
+                )
+            return
+        if num_microbatches < num_ranks:
+            raise ConfigError(
+                f"{self.schedule} over {num_ranks} pipeline ranks needs at least {num_ranks} "
+                f"microbatches in a step, found {num_microbatches}; raise the global batch size or "
+                "lower the microbatch size"
+            )
+        if self.schedule == "Interleaved1F1B" and num_microbatches % num_ranks:
+            raise ConfigError(
+                f"Interleaved1F1B over {num_ranks} pipeline ranks needs a multiple of {num_ranks} "
+                f"microbatches in a step, found {num_microbatches}"
+            )
+
+
+def deal_layers(num_layers: int, num_stages: int) -> list[range]:
+    """Consecutive layers for each stage, as even as can be; the first stages get one more.
+
+    Raises:
+        ConfigError: fewer layers than stages.
+    """
+    if num_layers < num_stages:
+        raise ConfigError(
+            f"{num_layers} layers cannot fill {num_stages} pipeline stages; at most "
+            f"{num_layers} stages"
+        )
+    least, more = divmod(num_layers, num_stages)
+    starts = [stage * least + min(stage, more) for stage in range(num_stages + 1)]
+    return [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+
+
+def keep_stage(
+    model: nn.Module,
+    stage: int,
+    num_stages: int,
+    *,
+    head: Sequence[str],
+    tail: Sequence[str],
+) -> nn.Module:
+    """Cut a model down to one pipeline stage, in place; names stay global.
+
+    Args:
+        model: with its layers in an ``nn.ModuleDict`` called ``layers``, keyed by index.
+        stage: index of the stage.
+        num_stages: in the whole pipeline.
+        head: names of the modules before the layers; the first stage has them.
+        tail: names of the modules after the layers; the last stage has them.
+    """
+    stack = model.get_submodule("layers")
+    keys = list(dict(stack.named_children()))
+    mine = deal_layers(len(keys), num_stages)[stage]
+    for index, key in enumerate(keys):
+        if index not in mine:
+            delattr(stack, key)
+    for name in (*(head if stage > 0 else ()), *(tail if stage < num_stages - 1 else ())):
+        setattr(model, name, None)
+    return model
+
+
+class Runner(ABC):
+    """Runs the microbatches of a step forward and backward."""
+
+    @abstractmethod
+    def train(self, inputs: Tensor, targets: Tensor, scale: float) -> Tensor:
+        """Leave the gradient of ``scale`` × loss in the parameters.
+
+        Args:
+            inputs: (B, S) of this rank for all microbatches of the step.
+            targets: (B, S).
+            scale: 1 / (valid tokens of the global batch).
+
+        Returns:
+            This rank's sum of token losses, unscaled; zero off the last stage.
+        """
+
+    @abstractmethod
+    def evaluate(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The same sum without a backward pass."""
+
+
+class LocalRunner(Runner):
+    """All layers on this rank: microbatches one after the other.
+
+    Args:
+        model: called on (b, S) ids; its ``loss`` gives the sum over tokens.
+        num_microbatches: in a step.
+    """
+
+    def __init__(self, model: nn.Module, num_microbatches: int):
+        self.model, self.num_microbatches = model, num_microbatches
+
+    def train(self, inputs: Tensor, targets: Tensor, scale: float) -> Tensor:
+        """See ``Runner.train``."""
+        total = torch.zeros((), device=inputs.device)
+        pairs = list(zip(self._parts(inputs), self._parts(targets), strict=True))
+        for i, (x, y) in enumerate(pairs):
+            synchronise_last(self.model, i == len(pairs) - 1)
+            loss = self._loss(x, y)
+            (loss * scale).backward()
+            total = total + loss.detach()
+        return total
+
+    def evaluate(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """See ``Runner.evaluate``."""
+        with torch.no_grad():
+            pairs = zip(self._parts(inputs), self._parts(targets), strict=True)
+            return torch.stack([self._loss(x, y) for x, y in pairs]).sum()
+
+    def _parts(self, batch: Tensor) -> tuple[Tensor, ...]:
+        return batch.chunk(self.num_microbatches)
+
+    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
+        loss: Tensor = self.model.get_submodule("loss")(self.model(x), y)
+        return loss
+
+
+class _Contiguous(torch.autograd.Function):
+    """Identity; what crosses a stage's border in either direction is contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.contiguous().view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0].contiguous()
+
+
+class _Stage(PipelineStage):
+    """A stage whose messages are contiguous tensors, as the network needs them."""
+
+    def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_first:
+            args = tuple(_Contiguous.apply(x) for x in args)
+        out = super().forward_maybe_with_nosync(*args, **kwargs)
+        return out if self.is_last else _Contiguous.apply(out)
+
+
+class PipelineRunner(Runner):
+    """Stages of ``torch.distributed.pipelining`` over the "pp" axis.
+
+    Args:
+        parts: this rank's stages in order; part i is stage ``rank + i * pp``.
+        topology: the ranks.
+        config: schedule.
+        num_microbatches: in a step.
+        ids: shape of a microbatch of ids on this rank.
+        hidden: shape of what crosses a border.
+        logits: shape of the last stage's output.
+        dtype: of activations.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[nn.Module],
+        topology: Topology,
+        config: PipelineConfig,
+        num_microbatches: int,
+        *,
+        ids: tuple[int, ...],
+        hidden: tuple[int, ...],
+        logits: tuple[int, ...],
+        dtype: torch.dtype,
+    ):
+        pp = topology.axis("pp")
+        config.check(pp.size, num_microbatches)
+        num_stages = pp.size * config.stages_per_rank
+
+        def example(shape: tuple[int, ...]) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+
+        stages = []
+        for i, part in enumerate(parts):
+            index = pp.rank + i * pp.size
+            first, last = index == 0, index == num_stages - 1
+            stages.append(
+                _Stage(
+                    part,
+                    index,
+                    num_stages,
+                    topology.device,
+                    input_args=torch.empty(ids, dtype=torch.int64, device="meta")
+                    if first
+                    else example(hidden),
+                    output_args=example(logits if last else hidden),
+                    group=pp.group,
+                )
+            )
+        self.first, self.last = stages[0].is_first, stages[-1].is_last
+        self._parts, self._scale = parts, 1.0
+        kwargs: dict[str, Any] = {"loss_fn": self._loss, "scale_grads": False}
+        self.schedule: Any
+        if config.schedule == "1F1B":
+            self.schedule = Schedule1F1B(stages[0], num_microbatches, **kwargs)
+        else:
+            self.schedule = ScheduleInterleaved1F1B(stages, num_microbatches, **kwargs)
+
+    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        loss: Tensor = self._parts[-1].get_submodule("loss")(logits, targets) * self._scale
+        return loss
+
+    def train(self, inputs: Tensor, targets: Tensor, scale: float) -> Tensor:
+        """See ``Runner.train``."""
+        self._scale = scale
+        return self._run(self.schedule.step, inputs, targets) / scale
+
+    def evaluate(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """See ``Runner.evaluate``."""
+        self._scale = 1.0
+        with torch.no_grad():
+            return self._run(self.schedule.eval, inputs, targets)
+
+    def _run(self, step: Any, inputs: Tensor, targets: Tensor) -> Tensor:
+        losses: list[Tensor] = []
+        args = (inputs,) if self.first else ()
+        if self.last:
+            step(*args, target=targets, losses=losses, return_outputs=False)
+        else:
+            step(*args, return_outputs=False)
+        if not losses:
+            return torch.zeros((), device=inputs.device)
+        return torch.stack([loss.detach() for loss in losses]).sum()

@@ -1,0 +1,250 @@
+"""The ways in which a plan lays one module over the ranks.
+
+A style takes a module with whole parameters and gives the module that stands in its place on this
+rank: same attribute, same parameter names, local parameters, collectives inside. It enters every
+parameter it touches in the table.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fivefold.parallel_core.collectives import piece_size, sum_over
+from fivefold.parallel_core.context import GatheredContext, OffsetPositions
+from fivefold.parallel_core.errors import ConfigError
+from fivefold.parallel_core.linear_group import LinearGroup
+from fivefold.parallel_core.losses import CrossEntropy
+from fivefold.parallel_core.parameters import ParameterTable, Placement
+from fivefold.parallel_core.tensor_parallel import (
+    ColumnParallelLinears,
+    RowParallelLinear,
+    VocabParallelCrossEntropy,
+    VocabParallelEmbedding,
+)
+from fivefold.parallel_core.topology import Axis
+
+
+class Style(ABC):
+    """One way to lay a module over the ranks."""
+
+    @abstractmethod
+    def apply(self, module: nn.Module, name: str, table: ParameterTable) -> nn.Module:
+        """The module to stand at ``name``; its parameters are entered in ``table``.
+
+        Raises:
+            ConfigError: the module is not of a kind this style knows, or does not divide.
+        """
+
+    def _expect(self, module: nn.Module, name: str, *kinds: type[nn.Module]) -> None:
+        if not isinstance(module, kinds):
+            known = " or ".join(kind.__name__ for kind in kinds)
+            raise ConfigError(
+                f"{type(self).__name__} at {name!r} needs a {known}, found {type(module).__name__}"
+            )
+
+
+Plan = Mapping[str, Style]
+"""Module name pattern (``*`` stands for one part of a dotted name) to style."""
+
+
+def shard_parameter(
+    module: nn.Module, prefix: str, name: str, table: ParameterTable, placement: Placement
+) -> None:
+    """Cut parameter ``name`` of ``module`` down to this rank's piece and enter it in the table.
+
+    Raises:
+        ConfigError: a sharded dim is not a multiple of its axis.
+    """
+    parameter = module.get_parameter(name)
+    local = parameter.detach()
+    for dim, axis_name in placement.sharded:
+        axis = table.topology.axis(axis_name)
+        if local.shape[dim] % axis.size:
+            raise ConfigError(
+                f"{prefix}.{name} of shape {tuple(parameter.shape)}: dim {dim} of {local.shape[dim]} "
+                f"cannot be split over {axis.name} of {axis.size} ranks; choose a divisor of "
+                f"{local.shape[dim]}"
+            )
+        size = piece_size(local.shape[dim], axis)
+        local = local.narrow(dim, axis.rank * size, size)
+    if placement.sharded:
+        # A copy, so that the whole parameter is freed.
+        local = local.clone()
+    setattr(module, name, nn.Parameter(local, requires_grad=parameter.requires_grad))
+    table.add(f"{prefix}.{name}", placement)
+
+
+def _placement(
+    parameter: nn.Parameter, sharded: tuple[tuple[int, str], ...] = (), **kwargs: object
+) -> Placement:
+    return Placement(shape=tuple(parameter.shape), sharded=sharded, **kwargs)  # type: ignore[arg-type]
+
+
+def _partial(axis: Axis, sequence: bool) -> tuple[str, ...]:
+    return (axis.name,) if sequence and axis.size > 1 else ()
+
+
+@dataclass(frozen=True)
+class Replicate(Style):
+    """Whole parameters on every rank of the model axes.
+
+    Attributes:
+        sequence: the module sees only this rank's part of each sequence (sequence parallelism),
+            so that each rank's gradient is a part of the sum.
+        axis: the axis that splits the sequence.
+    """
+
+    sequence: bool = True
+    axis: str = "tp"
+
+    def apply(self, module: nn.Module, name: str, table: ParameterTable) -> nn.Module:
+        """Enter every parameter below ``module``, unchanged."""
+        partial = _partial(table.topology.axis(self.axis), self.sequence)
+        for key, parameter in module.named_parameters():
+            table.add(f"{name}.{key}", _placement(parameter, partial=partial))
+        return module
+
+
+@dataclass(frozen=True)
+class ColumnParallel(Style):
+    """Output features split over ``axis``: for ``nn.Linear`` or ``LinearGroup``.
+
+    With ``sequence`` the input is this rank's part of the sequence (dim 1). It is gathered once
+    for all linears of a group, only the part is kept for backward, and it is gathered again there
+    (arXiv 2205.05198, section 4.2.2); backward ends in a reduce-scatter. Without, the input is
+    whole and backward ends in an all-reduce.
+    """
+
+    sequence: bool = True
+    axis: str = "tp"
+
+    def apply(self, module: nn.Module, name: str, table: ParameterTable) -> nn.Module:
+        """Split the weight's rows and the bias."""
+        self._expect(module, name, nn.Linear, LinearGroup)
+        linears = {"": module} if isinstance(module, nn.Linear) else dict(module.named_children())
+        for key, linear in linears.items():
+            prefix = f"{name}.{key}" if key else name
+            for parameter, value in list(linear.named_parameters()):
+                placement = _placement(value, ((0, self.axis),))
+                shard_parameter(linear, prefix, parameter, table, placement)
+        return ColumnParallelLinears.of(module, table.topology.axis(self.axis), self.sequence)
+
+
+@dataclass(frozen=True)
+class RowParallel(Style):
+    """Input features of an ``nn.Linear`` split over ``axis``; the parts are summed.
+
+    With ``sequence`` the sum is reduce-scattered along the sequence (dim 1), else all-reduced.
+    """
+
+    sequence: bool = True
+    axis: str = "tp"
+
+    def apply(self, module: nn.Module, name: str, table: ParameterTable) -> nn.Module:
+        """Split the weight's columns; a bias stays whole."""
+        self._expect(module, name, nn.Linear)
+        axis = table.topology.axis(self.axis)
+        weight = module.get_parameter("weight")
+        shard_parameter(module, name, "weight", table, _placement(weight, ((1, self.axis),)))
+        if getattr(module, "bias", None) is not None:
+            bias = module.get_parameter("bias")
+            partial = _partial(axis, self.sequence)
+            table.add(f"{name}.bias", _placement(bias, partial=partial))
+        return RowParallelLinear.of(module, axis, self.sequence)
+
+
+def pad_rows(parameter: nn.Parameter, multiple: int) -> nn.Parameter:
+    """The parameter with zero rows added until they are a multiple of ``multiple``."""
+    rows = -parameter.shape[0] % multiple
+    padded = nn.functional.pad(parameter.detach(), (0, 0, 0, rows))
+    return nn.Parameter(padded, requires_grad=parameter.requires_grad)
+
+
+@dataclass(frozen=True)
+class VocabParallel(Style):
+    """The vocabulary split over ``axis``: for ``nn.Embedding`` and for the output ``nn.Linear``.
+
+    The vocabulary is padded with zero rows to a multiple of ``multiple`` × ranks; the table keeps
+    the true shape, so checkpoints and exports never see the padding.
+    """
+
+    sequence: bool = True
+    axis: str = "tp"
+    multiple: int = 1
+
+    def apply(self, module: nn.Module, name: str, table: ParameterTable) -> nn.Module:
+        """Pad and split the weight's rows."""
+        self._expect(module, name, nn.Linear, nn.Embedding)
+        axis = table.topology.axis(self.axis)
+        whole = module.get_parameter("weight")
+        module.weight = pad_rows(whole, axis.size * self.multiple)
+        shard_parameter(module, name, "weight", table, _placement(whole, ((0, self.axis),)))
+        if isinstance(module, nn.Embedding):
+            return VocabParallelEmbedding(module.weight, axis, self.sequence)
+        return ColumnParallelLinears.of(module, axis, self.sequence)
+
+
+@dataclass(frozen=True)
+class VocabParallelLoss(Style):
+    """Cross entropy of logits whose vocabulary is split over ``axis``.
+
+    Attributes:
+        vocab_size: number of true ids; logits of padding rows are left out.
+    """
+
+    vocab_size: int
+    axis: str = "tp"
+
+    def apply(self, module: nn.Module, name: str, table: ParameterTable) -> nn.Module:
+        """Swap the loss."""
+        self._expect(module, name, CrossEntropy)
+        axis = table.topology.axis(self.axis)
+        return VocabParallelCrossEntropy.of(module, axis, self.vocab_size)
+
+
+@dataclass(frozen=True)
+class GatherContext(Style):
+    """Attention over a sequence split over "cp": keys and values are gathered, queries stay."""
+
+    axis: str = "cp"
+
+    def apply(self, module: nn.Module, name: str, table: ParameterTable) -> nn.Module:
+        """Wrap an attention core."""
+        axis = table.topology.axis(self.axis)
+        return GatheredContext(module, axis) if axis.size > 1 else module
+
+
+@dataclass(frozen=True)
+class ContextPositions(Style):
+    """Positions of a sequence split over "cp" in contiguous pieces."""
+
+    axis: str = "cp"
+
+    def apply(self, module: nn.Module, name: str, table: ParameterTable) -> nn.Module:
+        """Wrap the positions seam."""
+        axis = table.topology.axis(self.axis)
+        return OffsetPositions(module, axis) if axis.size > 1 else module
+
+
+class _SumOver(nn.Module):
+    def __init__(self, axis: Axis):
+        super().__init__()
+        self.axis = axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum_over(x, self.axis)
+
+
+@dataclass(frozen=True)
+class SumOver(Style):
+    """A seam that passes a count through becomes the count's sum over ``axis``; no gradient."""
+
+    axis: str
+
+    def apply(self, module: nn.Module, name: str, table: ParameterTable) -> nn.Module:
+        """Swap the identity."""
+        self._expect(module, name, nn.Identity)
+        return _SumOver(table.topology.axis(self.axis))
+

@@ -1,0 +1,129 @@
+"""The process groups of a layout at run time, passed around and never global."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from fivefold.parallel_core.errors import LayoutError
+from fivefold.parallel_core.layout import Layout
+
+# Groups are made when the topology is, in this order on every rank: a group made later, on
+# demand, would deadlock as soon as two ranks asked for two groups in different orders.
+AXES = ("tp", "cp", "dp", "pp", "ep", "etp", "edp", "tp-cp", "dp-cp", "etp-ep", "tp-dp-cp")
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One axis (or join of axes) of the layout as this rank sees it.
+
+    Attributes:
+        name: "tp", "dp-cp", ...
+        size: number of ranks along it.
+        rank: this rank's index along it.
+        ranks: the global ranks along it, in order.
+        group: the process group, or None where ``size`` is 1: nothing is ever sent on it.
+    """
+
+    name: str
+    size: int
+    rank: int
+    ranks: tuple[int, ...]
+    group: dist.ProcessGroup | None = None
+
+
+class Topology:
+    """A ``Layout`` with its process groups, seen from one rank.
+
+    Groups are cached by the tuple of their ranks: axes with equal members (EP and TP×DP, say)
+    share one group, and the pipeline groups of both views are the same objects.
+
+    Args:
+        layout: the layout; its world size must be the job's.
+        device: where this rank's tensors live; the default is the CPU.
+
+    Raises:
+        LayoutError: the job has another number of ranks than the layout.
+    """
+
+    def __init__(self, layout: Layout, *, device: torch.device | str = "cpu"):
+        if dist.is_initialized():
+            self.world_rank, found = dist.get_rank(), dist.get_world_size()
+        else:
+            self.world_rank, found = 0, 1
+        if layout.world_size != found:
+            raise LayoutError(
+                f"the layout is for {layout.world_size} ranks, but the job has {found}; start the "
+                f"job with {layout.world_size} ranks or change the layout"
+            )
+        self.layout = layout
+        self.device = torch.device(device)
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._meshes: dict[tuple[int, ...], DeviceMesh] = {}
+        self._axes = {name: self._make_axis(name) for name in AXES}
+
+    @classmethod
+    def local(cls, device: torch.device | str = "cpu") -> "Topology":
+        """The topology of one process by itself; needs no ``torch.distributed``."""
+        topology = cls.__new__(cls)
+        topology.layout, topology.device, topology.world_rank = Layout(1), torch.device(device), 0
+        topology._groups, topology._meshes = {}, {}
+        topology._axes = {name: Axis(name, 1, 0, (0,)) for name in AXES}
+        return topology
+
+    def _make_axis(self, name: str) -> Axis:
+        ranks = tuple(self.layout.group_of(name, self.world_rank))
+        group = self._group(ranks) if len(ranks) > 1 else None
+        return Axis(name, len(ranks), ranks.index(self.world_rank), ranks, group)
+
+    def _group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+        if len(ranks) == self.layout.world_size:
+            return dist.group.WORLD
+        if ranks not in self._groups:
+            # Only members take part, so the cost on a rank is its own few groups, not the world's.
+            self._groups[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+        return self._groups[ranks]
+
+    def axis(self, name: str) -> Axis:
+        """The axis called ``name``: tp cp dp pp ep etp edp, or a join listed in ``AXES``.
+
+        Raises:
+            LayoutError: no such axis.
+        """
+        if name not in self._axes:
+            raise LayoutError(f"no axis {name!r} in this topology; there are {', '.join(self._axes)}")
+        return self._axes[name]
+
+    def group(self, name: str) -> dist.ProcessGroup | None:
+        """The process group of an axis; None where the axis has one rank."""
+        return self.axis(name).group
+
+    def rank(self, name: str) -> int:
+        """This rank's index along an axis."""
+        return self.axis(name).rank
+
+    def size(self, name: str) -> int:
+        """Number of ranks along an axis."""
+        return self.axis(name).size
+
+    def mesh(self, name: str) -> DeviceMesh:
+        """A one-dimensional device mesh over an axis, on the same group; what FSDP2 asks for."""
+        axis = self.axis(name)
+        if axis.ranks not in self._meshes:
+            if axis.group is None:
+                # FSDP2 wants a real group even for one rank; every rank is in exactly one such.
+                group = self._group(axis.ranks)
+            else:
+                group = axis.group
+            self._meshes[axis.ranks] = DeviceMesh.from_group(
+                group, self.device.type, mesh_dim_names=(name,)
+            )
+        return self._meshes[axis.ranks]
+
+    @property
+    def world(self) -> Axis:
+        """All ranks as one axis."""
+        size = self.layout.world_size
+        group = dist.group.WORLD if size > 1 else None
+        return Axis("world", size, self.world_rank, tuple(range(size)), group)

@@ -1,0 +1,86 @@
+"""Check one installed package: ``python -I tools/check_alone.py packages/moe``.
+
+Run it isolated (``-I``) in an environment where the package was installed from its wheel. It fails
+if another package of the brand is there than the ones declared, if a module does not import, or if
+importing reaches for a library that belongs to an extra.
+"""
+
+import importlib
+import pkgutil
+import re
+import sys
+import tomllib
+from importlib.metadata import distributions
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BRAND = "fivefold"
+OPTIONAL = (
+    "huggingface-hub",
+    "matplotlib",
+    "tensorboard",
+    "tokenizers",
+    "tqdm",
+    "transformers",
+)
+
+
+def main(folder: Path) -> int:
+    """Check the package of ``folder``; the exit status."""
+    needed = closure(f"{BRAND}-{folder.name}")
+    problems = wrong_siblings(needed)
+    for name in needed:  # what these import by themselves is not our doing
+        if not name.startswith(BRAND):
+            importlib.import_module(module_name(name))
+    before = set(sys.modules)
+    imported = import_all(f"{BRAND}.{module_name(folder.name)}")
+    problems += [
+        f"importing {folder.name} imports {name}, which belongs to an extra"
+        for name in OPTIONAL
+        if name not in needed and module_name(name) in sys.modules.keys() - before
+    ]
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    print(f"{folder.name}: imported {imported} modules, found {len(problems)} problems")
+    return 1 if problems else 0
+
+
+def closure(requirement: str) -> set[str]:
+    """Names of all distributions that a requirement declares, through our own pyprojects."""
+    name, extras = re.match(r"([\w-]+)(?:\[([\w,-]+)\])?", requirement).groups()
+    needed = {name}
+    for pyproject in ROOT.glob(f"**/{name.removeprefix(BRAND + '-')}/pyproject.toml"):
+        project = tomllib.loads(pyproject.read_text())["project"]
+        declared = list(project["dependencies"])
+        for extra in filter(None, (extras or "").split(",")):
+            declared += project["optional-dependencies"][extra]
+        needed.update(*map(closure, declared))
+    return needed
+
+
+def wrong_siblings(needed: set[str]) -> list[str]:
+    """Our distributions that are installed and not declared, or declared and not installed."""
+    found = {dist.name for dist in distributions() if dist.name.startswith(BRAND)}
+    wanted = {name for name in needed if name.startswith(BRAND)}
+    if found == wanted:
+        return []
+    return [f"declared are {sorted(wanted)}, installed are {sorted(found)}"]
+
+
+def import_all(package: str) -> int:
+    """Import every module of a package but ``__main__``; how many."""
+    path = importlib.import_module(package).__path__
+    names = [found.name for found in pkgutil.walk_packages(path, f"{package}.")]
+    names = [name for name in names if not name.endswith(".__main__")]
+    for name in names:
+        importlib.import_module(name)
+    return len(names) + 1
+
+
+def module_name(distribution: str) -> str:
+    """The import name of a distribution, for those named here."""
+    return distribution.replace("-", "_")
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
