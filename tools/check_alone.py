@@ -5,13 +5,17 @@ if another package of the brand is there than the ones declared, if a module doe
 importing reaches for a library that belongs to an extra.
 """
 
+import builtins
 import importlib
 import pkgutil
 import re
 import sys
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import distributions
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 BRAND = "fivefold"
@@ -29,16 +33,10 @@ def main(folder: Path) -> int:
     """Check the package of ``folder``; the exit status."""
     needed = closure(f"{BRAND}-{folder.name}")
     problems = wrong_siblings(needed)
-    for name in needed:  # what these import by themselves is not our doing
-        if not name.startswith(BRAND):
-            importlib.import_module(module_name(name))
-    before = set(sys.modules)
-    imported = import_all(f"{BRAND}.{module_name(folder.name)}")
-    problems += [
-        f"importing {folder.name} imports {name}, which belongs to an extra"
-        for name in OPTIONAL
-        if name not in needed and module_name(name) in sys.modules.keys() - before
-    ]
+    extra = {module_name(name) for name in OPTIONAL if name not in needed}
+    with importers(extra) as found:
+        imported = import_all(f"{BRAND}.{module_name(folder.name)}")
+    problems += [f"{module} imports {name}, which is of an extra" for module, name in found]
     for problem in problems:
         print(problem, file=sys.stderr)
     print(f"{folder.name}: imported {imported} modules, found {len(problems)} problems")
@@ -49,12 +47,14 @@ def closure(requirement: str) -> set[str]:
     """Names of all distributions that a requirement declares, through our own pyprojects."""
     name, extras = re.match(r"([\w-]+)(?:\[([\w,-]+)\])?", requirement).groups()
     needed = {name}
-    for pyproject in ROOT.glob(f"**/{name.removeprefix(BRAND + '-')}/pyproject.toml"):
-        project = tomllib.loads(pyproject.read_text())["project"]
-        declared = list(project["dependencies"])
-        for extra in filter(None, (extras or "").split(",")):
-            declared += project["optional-dependencies"][extra]
-        needed.update(*map(closure, declared))
+    for parent in (ROOT / "packages", ROOT):
+        pyproject = parent / name.removeprefix(f"{BRAND}-") / "pyproject.toml"
+        if pyproject.is_file():
+            project = tomllib.loads(pyproject.read_text())["project"]
+            declared = list(project["dependencies"])
+            for extra in filter(None, (extras or "").split(",")):
+                declared += project["optional-dependencies"][extra]
+            needed.update(*map(closure, declared))
     return needed
 
 
@@ -65,6 +65,25 @@ def wrong_siblings(needed: set[str]) -> list[str]:
     if found == wanted:
         return []
     return [f"declared are {sorted(wanted)}, installed are {sorted(found)}"]
+
+
+@contextmanager
+def importers(names: set[str]) -> Iterator[list[tuple[str, str]]]:
+    """Collect which modules of ours import one of ``names``; torch may import what it likes."""
+    found: list[tuple[str, str]] = []
+    real_import = builtins.__import__
+
+    def watch(name: str, variables: dict | None = None, *rest: object) -> ModuleType:
+        importer = (variables or {}).get("__name__") or ""
+        if importer.startswith(BRAND) and name.split(".")[0] in names:
+            found.append((importer, name))
+        return real_import(name, variables, *rest)
+
+    builtins.__import__ = watch
+    try:
+        yield found
+    finally:
+        builtins.__import__ = real_import
 
 
 def import_all(package: str) -> int:

@@ -35,8 +35,8 @@ def check_wheel(path: Path) -> Iterator[str]:
     for name in sorted(names):
         if not name.startswith((package, metadata)):
             yield f"{path.name}: {name} is outside of {package}"
-        if "__pycache__" in name:
-            yield f"{path.name}: {name} is compiled"
+        if "__pycache__" in name or "/." in name:
+            yield f"{path.name}: {name} is left over from a tool"
     for required in (f"{package}__init__.py", f"{package}py.typed", f"{metadata}licenses/LICENSE"):
         if required not in names:
             yield f"{path.name}: {required} is missing"

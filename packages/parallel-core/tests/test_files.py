@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from fivefold.parallel_core.files import (
     atomic_file,
     atomic_write_bytes,

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import FrozenInstanceError, replace
 from itertools import combinations, permutations
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,7 +69,7 @@ def test_all_orders_of_8_ranks_equal_megatron_core() -> None:
 
 
 @pytest.mark.parametrize("case", GOLDEN["large"], ids=lambda c: f"{c['world_size']}-{c['order']}")
-def test_large_worlds_equal_megatron_core(case: dict) -> None:
+def test_large_worlds_equal_megatron_core(case: dict[str, Any]) -> None:
     degrees = dict(zip(("tp", "cp", "pp", "ep", "etp"), case["degrees"], strict=True))
     layout = Layout(case["world_size"], **degrees, order=case["order"])
     assert hashlib.sha256(packed(layout)).hexdigest() == case["sha256"]
@@ -260,7 +261,7 @@ def test_is_an_immutable_hashable_value() -> None:
     with pytest.raises(FrozenInstanceError):
         layout.tp = 4  # type: ignore[misc]
     with pytest.raises(TypeError):
-        Layout(8, 2)  # type: ignore[misc]
+        Layout(8, 2)  # type: ignore[call-arg]
 
 
 def test_groups_are_fresh_lists() -> None:

@@ -132,17 +132,17 @@ def test_pp_first_is_always_legal() -> None:
 @pytest.mark.parametrize(
     ("name", "found"),
     [
-        ("tp", (False, {"tp"})),
-        ("pp", (False, {"pp"})),
-        ("dp-cp", (False, {"dp", "cp"})),
-        ("ep", (True, {"ep"})),
-        ("tp-ep-pp", (True, {"etp", "ep", "pp"})),
-        ("ep-dp", (True, {"ep", "edp"})),
-        ("tp-edp", (True, {"etp", "edp"})),
+        ("tp", (False, frozenset({"tp"}))),
+        ("pp", (False, frozenset({"pp"}))),
+        ("dp-cp", (False, frozenset({"dp", "cp"}))),
+        ("ep", (True, frozenset({"ep"}))),
+        ("tp-ep-pp", (True, frozenset({"etp", "ep", "pp"}))),
+        ("ep-dp", (True, frozenset({"ep", "edp"}))),
+        ("tp-edp", (True, frozenset({"etp", "edp"}))),
     ],
 )
 def test_naming_an_expert_axis_selects_the_expert_view(
-    name: str, found: tuple[bool, set[str]]
+    name: str, found: tuple[bool, frozenset[str]]
 ) -> None:
     assert parse_axis(name) == found
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from fivefold.parallel_core.box import Box
 from fivefold.parallel_core.errors import CheckpointError
 from fivefold.parallel_core.hub import SafetensorsReader, fill
-from safetensors.torch import save_file
 
 SHAPE = (4, 2, 6, 5)  # experts, (gate, up), rows, columns
 
@@ -76,7 +77,7 @@ def test_scalars_and_empty_boxes(tmp_path: Path) -> None:
 
 
 def test_only_sources_in_the_box_are_read(tmp_path: Path) -> None:
-    sources = split(tmp_path, 1)[2:3] + [("missing.0", (0,)), ("missing.3", (3,))]
+    sources = [*split(tmp_path, 1)[2:3], ("missing.0", (0,)), ("missing.3", (3,))]
     box = Box((2, 0, 0, 0), (1, 2, 6, 5))
     tensor = torch.zeros(box.size)
     fill(tensor, box, SHAPE, sources, SafetensorsReader(tmp_path))

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from fivefold.parallel_core.errors import CheckpointError
 from fivefold.parallel_core.hub import SafetensorsReader
 from fivefold.parallel_core.hub.header import plan_header
-from safetensors.torch import save_file
 
 
 @pytest.fixture
@@ -73,9 +74,14 @@ def test_random_slices_equal_numpy(folder: Path, tensors: dict[str, torch.Tensor
             read = reader.read(name, slices)
             assert read.shape == expected.shape
             assert np.array_equal(read.to(torch.float64).numpy(), expected)
-    assert torch.equal(reader.read("ids", [slice(None, 4)]), tensors["ids"][:4]), (
-        "a closed reader maps its files again"
-    )
+
+
+def test_a_closed_reader_maps_its_files_again(
+    folder: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    with SafetensorsReader(folder) as reader:
+        reader.read("ids")
+    assert torch.equal(reader.read("ids", [slice(None, 4)]), tensors["ids"][:4])
 
 
 def test_results_are_copies(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -124,10 +130,7 @@ def test_files_are_opened_when_needed(tmp_path: Path, tensors: dict[str, torch.T
     save_shards(tmp_path, tensors)
     (tmp_path / "model-00002-of-00003.safetensors").write_bytes(b"rubbish")
     with SafetensorsReader(tmp_path) as reader:
-        assert torch.equal(
-            reader.read("scale", ()) if "scale" not in reader else reader.read("model.embed"),
-            tensors["model.embed"],
-        )
+        assert torch.equal(reader.read("model.embed"), tensors["model.embed"])
         with pytest.raises(
             CheckpointError, match=r"model-00002-of-00003\.safetensors: not a whole"
         ):

@@ -7,6 +7,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+
 from fivefold.parallel_core.errors import CheckpointError
 from fivefold.parallel_core.hub import push, resolve
 

@@ -45,6 +45,8 @@ def hf_sources(
     Raises:
         MoEWeightsError: the model has no parameter of this name.
     """
+    if config.tie_word_embeddings and name == "lm_head.weight":
+        name = "embed_tokens.weight"
     if name in _PLAIN:
         return [(_PLAIN[name], ())]
     match = _LAYER.fullmatch(name)
@@ -107,7 +109,7 @@ def check_names(config: MoEConfig, names: Iterable[str]) -> None:
     extra = sorted(set(found) - set(needed))
     if missing or extra:
         raise MoEWeightsError(
-            f"not the weights of this model, which has {len(needed)} tensors; missing: "
+            f"not the weights of this model, which has {len(set(needed))} tensors; missing: "
             f"{_listed(missing)}; not of this model: {_listed(extra)}"
         )
 

@@ -3,12 +3,15 @@
 Legend: B sequences, S tokens of a sequence here, H hidden width, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from fivefold.moe.attention import Attention, Rotation
 from fivefold.moe.cache import KVCache, LayerCache
 from fivefold.moe.config import MoEConfig
+from fivefold.moe.generate import generate
 from fivefold.moe.layer import MoELayer
 from fivefold.moe.pretrained import Pretrained
 from fivefold.moe.rotary import Positions, Rotary
@@ -31,7 +34,7 @@ class DecoderLayer(nn.Module):
         return x_bsh + self.mlp(self.mlp_norm(x_bsh))
 
 
-class MoEForCausalLM(Pretrained, nn.Module):
+class MoEForCausalLM(Pretrained):
     """Token ids in, logits of the next token out.
 
     A pipeline stage is the same module with the parts it does not hold set to None or taken out
@@ -58,8 +61,7 @@ class MoEForCausalLM(Pretrained, nn.Module):
     lm_head: nn.Linear | None
 
     def __init__(self, config: MoEConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.side = SideOutputs()
         self.positions: nn.Module = Positions()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -93,6 +95,10 @@ class MoEForCausalLM(Pretrained, nn.Module):
         if self.lm_head is not None:
             x = self.lm_head(x)
         return x
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
+        """Continue texts (B, S) to (B, S + max_new_tokens); ``options`` as of ``generate``."""
+        return generate(self, input_ids, max_new_tokens, **options)
 
     def initialisation(self, name: str) -> tuple[str, float]:
         """How the parameter called ``name`` starts: ("ones", 0) or ("normal", deviation)."""

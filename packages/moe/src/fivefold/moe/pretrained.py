@@ -1,19 +1,233 @@
 """Model folders as transformers has them: reading, writing and publishing."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from importlib.metadata import version
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
+from fivefold.moe.card import model_card
 from fivefold.moe.config import MoEConfig
-from fivefold.moe.errors import MoEConfigError
-from fivefold.moe.hf import check_names, hf_sources
+from fivefold.moe.errors import MoEConfigError, MoEWeightsError
+from fivefold.moe.hf import check_names, hf_sources, parameter_shapes, to_hf
 from fivefold.parallel_core import hub
-from fivefold.parallel_core.parallelize import parallelize
-from fivefold.parallel_core.parameters import ParameterTable, Piece
-from fivefold.parallel_core.topology import Topology
+from fivefold.parallel_core.hub.writer import Spec
+
+if TYPE_CHECKING:
+    from fivefold.parallel_core.parameters import Piece
+    from fivefold.parallel_core.topology import Topology
+
+CONFIG, GENERATION, CARD = "config.json", "generation_config.json", "README.md"
+
+
+class Pretrained(nn.Module):
+    """Adds ``from_pretrained``, ``save_pretrained`` and ``push_to_hub`` to a model."""
+
+    config: MoEConfig
+
+    def __init__(self, config: MoEConfig):
+        super().__init__()
+        self.config = config
+
+    def tie_weights(self) -> None:
+        """Make parameters that are one parameter the same object again."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        topology: "Topology | None" = None,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+    ) -> Self:
+        """Load a model from a folder or repository in transformers' form, in eval mode.
+
+        The weights are read straight into place, without being initialised first, and each
+        process reads only what it holds.
+
+        Args:
+            name_or_path: folder with ``config.json`` and safetensors, or repository of one.
+            topology: ranks to lay the model over; this rank's pipeline stage is returned. None
+                is the whole model on torch's default device.
+            dtype: of the parameters; None keeps that of the files.
+            revision: branch, tag or commit of the repository.
+
+        Raises:
+            MoEConfigError: the configuration is missing or not supported.
+            CheckpointError: files are missing, damaged, or not the weights of this model.
+        """
+        folder = hub.resolve(name_or_path, revision)
+        config = read_config(folder)
+        with hub.SafetensorsReader(folder) as reader:
+            names = reader.names()
+            check_names(config, names)
+            dtype = dtype or reader.dtype(names[0])
+            model, pieces = cls._allocate(config, topology, dtype)
+            load_parameters(pieces, config, reader)
+        return model.eval()
+
+    @classmethod
+    def _allocate(
+        cls, config: MoEConfig, topology: "Topology | None", dtype: torch.dtype
+    ) -> "tuple[Self, list[Piece]]":
+        """The model, or this rank's part of it, with memory but no values."""
+        from fivefold.parallel_core.parameters import ParameterTable
+
+        if topology is not None:
+            return cls._allocate_part(config, topology, dtype)
+        with torch.device("meta"):
+            model = cls(config).to(dtype)
+        model.to_empty(device=torch.get_default_device())
+        model.tie_weights()
+        return model, ParameterTable.of(model).pieces(model)
+
+    @classmethod
+    def _allocate_part(
+        cls, config: MoEConfig, topology: "Topology", dtype: torch.dtype
+    ) -> "tuple[Self, list[Piece]]":
+        from fivefold.moe import sharding
+        from fivefold.parallel_core.build import build
+
+        sharding.check(config, topology.layout)
+        built = build(
+            lambda: cls(config),
+            topology,
+            sharding.plan(config),
+            head=sharding.HEAD,
+            tail=sharding.TAIL,
+            dtype=dtype,
+        )
+        (model,) = built.parts
+        return cast("Self", model), built.pieces()
+
+    def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "5GB") -> None:
+        """Write the model as transformers does: configuration, safetensors, model card.
+
+        A save that is killed leaves what was there before, or a folder that no reader takes.
+
+        Args:
+            folder: made if missing; a model card that is there is kept.
+            max_shard_size: bytes, or text such as ``"5GB"``, of one safetensors file.
+
+        Raises:
+            MoEWeightsError: this process holds only a part of the model.
+        """
+        parameters = dict(self.named_parameters())
+        for name, shape in parameter_shapes(self.config).items():
+            held = tuple(parameters[name].shape) if name in parameters else None
+            if held != shape:
+                raise MoEWeightsError(
+                    f"cannot save {name!r} of shape {shape}: this process holds "
+                    f"{held or 'nothing'} of it"
+                )
+        dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
+        write_folder(folder, self.config, dtypes, parameters.items(), max_shard_size)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | None = None,
+        max_shard_size: int | str = "5GB",
+    ) -> str:
+        """Save to a temporary folder and upload that; arguments as ``hub.push``.
+
+        Returns:
+            The repository's address.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size)
+            return hub.push(
+                folder,
+                repo_id,
+                private=private,
+                revision=revision,
+                commit_message=commit_message or "Upload model",
+                token=token,
+            )
+
+
+def read_config(folder: str | Path) -> MoEConfig:
+    """Read ``config.json`` of a model folder.
+
+    Raises:
+        MoEConfigError: the file is missing, is no JSON object, or describes another model.
+    """
+    path = Path(folder) / CONFIG
+    try:
+        return MoEConfig.from_hf(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise MoEConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise MoEConfigError(f"{path} is not a JSON object: {error}") from None
+
+
+def load_parameters(
+    pieces: "Iterable[Piece]", config: MoEConfig, reader: hub.SafetensorsReader
+) -> None:
+    """Fill parameters from transformers' files, reading only the slices that are held.
+
+    Args:
+        pieces: what this process holds, with memory.
+        config: the model's configuration.
+        reader: the files.
+
+    Raises:
+        CheckpointError: a tensor is missing or of another shape.
+    """
+    for piece in pieces:
+        sources = hf_sources(config, piece.name, piece.shape)
+        hub.fill(piece.tensor, piece.box, piece.shape, sources, reader)
+
+
+def write_folder(
+    folder: str | Path,
+    config: MoEConfig,
+    dtypes: Mapping[str, torch.dtype],
+    parameters: Iterable[tuple[str, Tensor]],
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write a model folder from parameters that arrive one at a time.
+
+    Args:
+        folder: made if missing; a model card that is there is kept.
+        config: the model's configuration.
+        dtypes: dtype of every parameter, in the order of ``parameters``.
+        parameters: global name and whole tensor, consumed one at a time, so that a generator may
+            gather them from other ranks.
+        max_shard_size: bytes, or text such as ``"5GB"``.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / CARD).exists():
+        hub.atomic_write_text(folder / CARD, model_card(config))
+    hub.write_json(folder / GENERATION, _generation_config(config))
+    plan = _plan(config, dtypes)
+    tensors = (
+        pair
+        for name, tensor in parameters
+        for pair in to_hf(config, {name: tensor.detach()}).items()
+    )
+    hub.write_sharded(folder, plan, tensors, max_shard_size)
+    # Last: a folder without it is no model to anyone.
+    dtype = str(plan[0][2]).removeprefix("torch.")
+    hub.write_json(folder / CONFIG, config.to_hf() | {"dtype": dtype})
+
+
+def _plan(config: MoEConfig, dtypes: Mapping[str, torch.dtype]) -> list[Spec]:
+    """Names, shapes and dtypes of the tensors in the files."""
+    shapes = parameter_shapes(config)
+    empty = {n: torch.empty(shapes[n], dtype=dtypes[n], device="meta") for n in dtypes}
+    return [(name, tuple(t.shape), t.dtype) for name, t in to_hf(config, empty).items()]
+
+
+def _generation_config(config: MoEConfig) -> dict[str, Any]:
+    described = config.to_hf()
+    ids = {key: described[key] for key in ("bos_token_id", "eos_token_id")}
+    return {"_from_model_config": True, **ids}

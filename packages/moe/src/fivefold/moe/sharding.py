@@ -104,3 +104,16 @@ def check(config: MoEConfig, layout: Layout, sequence_length: int | None = None)
             f"tie_word_embeddings with pp={layout.pp}: the embedding is on the first stage and the "
             "output layer on the last; use pp=1 or untie them"
         )
+
+
+def check_stages(config: MoEConfig, num_stages: int) -> None:
+    """Check that every pipeline stage gets a layer.
+
+    Raises:
+        MoEConfigError: there are fewer layers than stages.
+    """
+    if config.num_layers < num_stages:
+        raise MoEConfigError(
+            f"num_layers={config.num_layers} cannot fill {num_stages} pipeline stages; use at "
+            f"most {config.num_layers} stages or more layers"
+        )

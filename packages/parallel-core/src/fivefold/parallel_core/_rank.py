@@ -30,9 +30,10 @@ HEADER = struct.Struct("=cQ")
 RESULT, FAILURE = b"r", b"f"
 STACK_SIGNAL: int = getattr(signal, "SIGUSR1", 0)
 """Makes a rank write the stacks of its threads into its stack file."""
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+"""What torchrun sets in the environment of every rank; only the launcher looks at it."""
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _LINGER = 5.0  # seconds
 _LOST_PEER = re.compile(
     r"gloo/transport|connectFullMesh|Connection (closed|reset|refused)|Broken pipe"
@@ -59,7 +60,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Birthplace:
+class Origin:
     """What the ranks of a launch inherit from the process that forks them.
 
     Args:
@@ -116,22 +117,22 @@ def identity() -> tuple[int, int] | None:
 
 
 def run_rank(
-    rank: int, job: Job, place: Birthplace, pipe: int, fn: Callable[..., Any], args: tuple[Any, ...]
+    rank: int, job: Job, origin: Origin, pipe: int, fn: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     """Be a rank: run ``fn(*args)`` and write its result or its failure to the file ``pipe``."""
     global _identity
     _identity = (rank, job.world_size)
-    _prepare(place, place.stack_file(rank))
+    _prepare(origin, origin.stack_file(rank))
     torch.set_num_threads(job.threads)
     try:
         if job.init:
-            _join(rank, job, place.folder / "rendezvous")
-        kind, body = RESULT, pickle.dumps(fn(*args), protocol=pickle.HIGHEST_PROTOCOL)
+            _join(rank, job, origin.folder / "rendezvous")
+        kind, body = RESULT, _pickled(fn(*args))
     except BaseException as error:
         kind, body = FAILURE, pickle.dumps(Failure.of(error))
     _send(pipe, kind, body)
     if kind == RESULT and dist.is_initialized():
-        _linger(place.release)
+        _linger(origin.release)
         dist.destroy_process_group()
 
 
@@ -143,6 +144,14 @@ def _join(rank: int, job: Job, rendezvous: Path) -> None:
         world_size=job.world_size,
         timeout=timedelta(seconds=job.collective_timeout),
     )
+
+
+def _pickled(result: Any) -> bytes:
+    try:
+        return pickle.dumps(result, protocol=pickle.HIGHEST_PROTOCOL)
+    except Exception as error:
+        error.add_note("What fn returns must pickle: it travels to the launching process.")
+        raise
 
 
 def _linger(release: int) -> None:
@@ -166,20 +175,20 @@ def _send(pipe: int, kind: bytes, body: bytes) -> None:
         pass  # nobody is left to read it
 
 
-def _prepare(place: Birthplace, stack_file: Path) -> None:
+def _prepare(origin: Origin, stack_file: Path) -> None:
     """Make a process of its own out of the copy of the parent that a fork leaves."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the ranks as well
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, place.signal_mask)
-    _die_with(place.parent)
+    signal.pthread_sigmask(signal.SIG_SETMASK, origin.signal_mask)
+    _die_with(origin.parent)
     stacks = open(stack_file, "w")  # noqa: SIM115 - faulthandler needs it to the end
     faulthandler.enable(file=stacks)
     faulthandler.register(STACK_SIGNAL, file=stacks, all_threads=True)
     # The parent's objects are the parent's to finalise; freezing also keeps their pages shared.
     gc.freeze()
     _write_whole_lines()
-    for name in _TORCHRUN:
+    for name in TORCHRUN:
         os.environ.pop(name, None)  # they describe the parent, not this rank
     use_loopback()
 

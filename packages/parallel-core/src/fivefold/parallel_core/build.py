@@ -8,9 +8,15 @@ from torch import Tensor, nn
 
 from fivefold.parallel_core.data_parallel import Precision
 from fivefold.parallel_core.losses import SideOutputs
-from fivefold.parallel_core.parallelize import parallelize
+from fivefold.parallel_core.parallelize import parallelize, tie
 from fivefold.parallel_core.parameters import ParameterTable, Piece, initialise
-from fivefold.parallel_core.pipeline import PipelineConfig, keep_stage
+from fivefold.parallel_core.pipeline import (
+    LocalRunner,
+    PipelineConfig,
+    PipelineRunner,
+    Runner,
+    keep_stage,
+)
 from fivefold.parallel_core.styles import Plan
 from fivefold.parallel_core.topology import Topology
 
@@ -95,5 +101,46 @@ def build(
             part = make().to(precision.storage_dtype if precision else dtype)
         keep_stage(part, pp.rank + i * pp.size, pp.size * per_rank, head=head, tail=tail)
         parallelize(part, topology, plan, precision, table)
-        parts.append(part.to_empty(device=topology.device))
+        part.to_empty(device=topology.device)
+        tie(part)
+        parts.append(part)
     return ParallelModel(parts, table, topology)
+
+
+def make_runner(
+    model: ParallelModel,
+    pipeline: PipelineConfig,
+    *,
+    num_microbatches: int,
+    microbatch_size: int,
+    sequence_length: int,
+    hidden_size: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+) -> Runner:
+    """What runs a language model's microbatches on this rank.
+
+    Args:
+        model: from ``build``.
+        pipeline: the schedule that ``model`` was built for.
+        num_microbatches: of a step on this rank.
+        microbatch_size: sequences in one.
+        sequence_length: tokens of a whole sequence.
+        hidden_size: width between layers.
+        vocab_size: without padding.
+        dtype: of activations.
+    """
+    layout = model.topology.layout
+    if layout.pp == 1:
+        return LocalRunner(model.parts[0], num_microbatches)
+    length = sequence_length // layout.cp
+    return PipelineRunner(
+        model.parts,
+        model.topology,
+        pipeline,
+        num_microbatches,
+        ids=(microbatch_size, length),
+        hidden=(microbatch_size, length // layout.tp, hidden_size),
+        logits=(microbatch_size, length, -(-vocab_size // layout.tp)),
+        dtype=dtype,
+    )

@@ -96,6 +96,10 @@ class Checkpoints:
             raise CheckpointError(f"keep={keep} checkpoints; at least 1 must be kept")
         self.folder, self.keep = Path(folder), keep
 
+    def path(self, step: int) -> Path:
+        """Where the checkpoint after ``step`` steps is."""
+        return self.folder / f"step-{step:08d}"
+
     def save(self, step: int, parts: Mapping[str, Any], state: Mapping[str, Any]) -> Path:
         """Save on all ranks together; returns when the checkpoint is whole.
 
@@ -104,7 +108,7 @@ class Checkpoints:
             parts: name to ``TensorPart``; copies that several ranks hold are written once.
             state: small plain data of the run, the same on every rank; stored as JSON.
         """
-        final = self.folder / f"step-{step:08d}"
+        final = self.path(step)
         partial = final.with_suffix(".partial")
         if _rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -130,7 +134,7 @@ class Checkpoints:
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.folder / f"step-{old:08d}", ignore_errors=True)
+            shutil.rmtree(self.path(old), ignore_errors=True)
 
     def steps(self) -> list[int]:
         """Steps of the whole checkpoints, oldest first."""
@@ -142,7 +146,7 @@ class Checkpoints:
     def latest(self) -> Path | None:
         """The newest checkpoint all of whose files are there and of the right size."""
         for step in reversed(self.steps()):
-            path = self.folder / f"step-{step:08d}"
+            path = self.path(step)
             try:
                 read_state(path)
             except CheckpointError:

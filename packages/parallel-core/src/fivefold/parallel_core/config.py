@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from .errors import ConfigError
+from fivefold.parallel_core.errors import ConfigError
 
 _C = TypeVar("_C", bound="Config")
 

@@ -1,37 +1,24 @@
 """Start the ranks of a job: forked on this machine, or joined to the ones torchrun started."""
 
-import contextlib
 import multiprocessing
 import os
-import shutil
-import signal
 import sys
-import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar, TypeVarTuple
 
 import torch
 import torch.distributed as dist
 
-from fivefold.parallel_core._rank import Failure, RankSetup, identity, use_loopback
-from fivefold.parallel_core._ranks import ForkedRank, collect_stacks, end, forked_ranks, watching
-from fivefold.parallel_core.errors import ConfigError, ParallelError, RankError
+from fivefold.parallel_core._forked import forked_ranks
+from fivefold.parallel_core._rank import TORCHRUN, Job, identity, use_loopback
+from fivefold.parallel_core._supervise import Supervisor, counted_signals
+from fivefold.parallel_core.errors import ConfigError, ParallelError
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-_POLL = 0.05  # seconds between looks at signals, deadlines and dead ranks
 _GRACE = 1.0  # seconds that a rank has to end after SIGTERM
-_SETTLE = 0.2  # seconds in which an earlier failure may still be on its way
-_SETTLE_CONSEQUENCE = 2.0  # the same where what we have only says that another rank went away
-# Wrappers such as a task runner pass on the Ctrl-C that the terminal has sent to us already.
-_SAME_STROKE = 0.3
-_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
 def launch(
@@ -78,29 +65,17 @@ def launch(
         SystemExit: the ranks ended because of SIGTERM; the status is 143.
     """
     _check(world_size, timeout, threads_per_rank, collective_timeout, init)
-    folder = Path(tempfile.mkdtemp(prefix="fivefold-launch-"))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    setups = [
-        RankSetup(
-            rank=rank,
-            world_size=world_size,
-            folder=folder,
-            threads=threads_per_rank,
-            collective_timeout=collective_timeout,
-            init=init,
-            parent=os.getpid(),
-            signal_mask=mask,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        with _counted_signals() as signals, forked_ranks(fn, args, setups, _GRACE) as ranks:
-            _wait(ranks, signals, timeout, on_interrupt)
-            results = [rank.result() for rank in ranks]
-            end(ranks, 10 * _GRACE)
-        return results
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    job = Job(
+        world_size=world_size,
+        threads=threads_per_rank,
+        collective_timeout=collective_timeout,
+        init=init,
+    )
+    with counted_signals() as signals, forked_ranks(job, fn, args, _GRACE) as ranks:
+        supervisor = Supervisor(ranks, signals, timeout, on_interrupt)
+        supervisor.wait_for_results()
+        supervisor.wait_for_ends()
+        return [rank.result() for rank in ranks]
 
 
 def _check(
@@ -130,122 +105,9 @@ def _check(
         )
 
 
-class _Signals:
-    """The SIGINT and SIGTERM that arrived while ranks run."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.last = signal.SIGINT
-        self._time = -_SAME_STROKE
-
-    def note(self, signum: int, frame: FrameType | None) -> None:
-        """Be the handler of a signal: only count it."""
-        now = time.monotonic()
-        if now - self._time >= _SAME_STROKE:
-            self.count += 1
-            self.last = signal.Signals(signum)
-        self._time = now
-
-    def stop(self) -> BaseException:
-        """What a process raises that ends because of the last signal."""
-        return KeyboardInterrupt() if self.last == signal.SIGINT else SystemExit(128 + self.last)
-
-
-@contextlib.contextmanager
-def _counted_signals() -> Iterator[_Signals]:
-    """Count SIGINT and SIGTERM instead of handling them, where Python lets us."""
-    signals, earlier = _Signals(), {}
-    try:
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                # None is a handler of another language, which we could not put back.
-                if signal.getsignal(signum) not in (None, signal.SIG_IGN):
-                    earlier[signum] = signal.signal(signum, signals.note)
-        yield signals
-    finally:
-        for signum, handler in earlier.items():
-            signal.signal(signum, handler)
-
-
-def _wait(
-    ranks: Sequence[ForkedRank],
-    signals: _Signals,
-    timeout: float | None,
-    on_interrupt: Callable[[int], object] | None,
-) -> None:
-    """Return when every rank has returned; raise for the first one that failed."""
-    start, passed_on = time.monotonic(), 0
-    with watching(ranks) as look:
-        while not all(rank.is_over for rank in ranks) and not _has_settled(ranks):
-            look(_POLL)
-            if signals.count > 1:
-                _kill(ranks)
-                raise signals.stop()
-            if signals.count > passed_on:
-                passed_on = signals.count
-                _pass_on(ranks, signals, on_interrupt)
-            if timeout is not None and time.monotonic() - start > timeout:
-                break
-    _raise_first(ranks, signals)
-    running = [rank for rank in ranks if not rank.is_over]
-    if running:
-        raise RankError(_timeout_message(ranks, running, timeout))
-
-
-def _pass_on(
-    ranks: Sequence[ForkedRank], signals: _Signals, on_interrupt: Callable[[int], object] | None
-) -> None:
-    for rank in ranks:
-        rank.send(signal.SIGTERM)
-    if on_interrupt is not None:
-        on_interrupt(signals.last)
-
-
-def _kill(ranks: Sequence[ForkedRank]) -> None:
-    for rank in ranks:
-        rank.send(signal.SIGKILL)
-
-
-def _has_settled(ranks: Sequence[ForkedRank]) -> bool:
-    """Whether a rank has failed long enough ago for an earlier failure to have been seen."""
-    failures = [rank.failure for rank in ranks if rank.failure is not None]
-    waits = [_SETTLE_CONSEQUENCE if f.is_consequence else _SETTLE for f in failures]
-    now = time.monotonic()
-    return any(now - f.time > wait for f, wait in zip(failures, waits, strict=True))
-
-
-def _raise_first(ranks: Sequence[ForkedRank], signals: _Signals) -> None:
-    """Raise for the failure that the others follow from, if any rank failed."""
-    failed = [(rank.failure, rank) for rank in ranks if rank.failure is not None]
-    if not failed:
-        return
-    failure, rank = min(failed, key=lambda pair: (pair[0].is_consequence, pair[0].time))
-    if failure.is_stop and signals.count:
-        raise signals.stop()
-    raise RankError(_failure_message(rank, failure, ranks))
-
-
-def _failure_message(rank: ForkedRank, failure: Failure, ranks: Sequence[ForkedRank]) -> str:
-    lines = [f"{rank.name} {failure.what}"]
-    returned = [r.setup.rank for r in ranks if r.is_complete and r.failure is None]
-    if failure.is_consequence and returned:
-        lines.append(f"(ranks {returned} had returned before; did they skip a collective?)")
-    return "\n".join([*lines, failure.details]).strip()
-
-
-def _timeout_message(
-    ranks: Sequence[ForkedRank], running: Sequence[ForkedRank], timeout: float | None
-) -> str:
-    numbers = ", ".join(str(rank.setup.rank) for rank in running)
-    return (
-        f"{len(running)} of {len(ranks)} ranks still ran after the timeout of {timeout} s:"
-        f" {numbers}\n{collect_stacks(running)}"
-    )
-
-
 def under_torchrun() -> bool:
     """Whether this process was started as a rank of a job by torchrun or in the same way."""
-    return all(name in os.environ for name in _TORCHRUN)
+    return all(name in os.environ for name in TORCHRUN)
 
 
 def connect(*, device_type: str | None = None, timeout: float = 1800.0) -> tuple[int, int]:
@@ -270,11 +132,11 @@ def connect(*, device_type: str | None = None, timeout: float = 1800.0) -> tuple
     if device_type not in (None, "cpu", "cuda"):
         raise ConfigError(f"device_type={device_type!r}: must be 'cpu', 'cuda' or None")
     if not dist.is_initialized():
-        present = [name for name in _TORCHRUN if name in os.environ]
+        present = [name for name in TORCHRUN if name in os.environ]
         if not present:
             return identity() or (0, 1)
         if not under_torchrun():
-            missing = [name for name in _TORCHRUN if name not in present]
+            missing = [name for name in TORCHRUN if name not in present]
             raise ConfigError(f"{present} set but not {missing}: torchrun sets all or none")
         _join_torchrun(device_type, timedelta(seconds=timeout))
     return dist.get_rank(), dist.get_world_size()

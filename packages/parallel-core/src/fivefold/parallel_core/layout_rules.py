@@ -180,19 +180,18 @@ def _left_out(order: str, sizes: Mapping[str, int]) -> list[str]:
 
 
 def _pipelines_differ(order: str, sizes: Mapping[str, int]) -> list[str]:
-    """A rank must sit in one and the same pipeline in both views (arXiv 2504.14960, section 3).
+    """A rank must sit in one and the same pipeline in both views (arXiv 2504.14960).
 
     The pipeline groups of a view are all the progressions of pp ranks with the stride of pp, so
     they are the same exactly when the strides are.
     """
-    before = [
-        axes[: axes.index("pp")] for axes in (view_axes(order, False), view_axes(order, True))
-    ]
+    views = (view_axes(order, experts=False), view_axes(order, experts=True))
+    before = [axes[: axes.index("pp")] for axes in views]
     strides = [prod(sizes[axis] for axis in axes) for axes in before]
     if sizes["pp"] == 1 or strides[0] == strides[1]:
         return []
     found = [
-        f"{' = '.join(['*'.join(axes), str(stride)] if axes else ['1'])} (first group {_first_ranks(stride, sizes['pp'])})"
+        _describe_stride(axes, stride, sizes["pp"])
         for axes, stride in zip(before, strides, strict=True)
     ]
     last = "-".join([name for name in full_order(order).split("-") if name != "pp"] + ["pp"])
@@ -203,6 +202,8 @@ def _pipelines_differ(order: str, sizes: Mapping[str, int]) -> list[str]:
     ]
 
 
-def _first_ranks(stride: int, count: int) -> str:
-    shown = ", ".join(str(i * stride) for i in range(min(count, 4)))
-    return f"[{shown}, ...]" if count > 4 else f"[{shown}]"
+def _describe_stride(axes: Iterable[str], stride: int, count: int) -> str:
+    """Such as ``"tp*cp = 4 (first group [0, 4])"``."""
+    factors = "*".join(axes)
+    shown = [str(i * stride) for i in range(min(count, 4))] + ["..."] * (count > 4)
+    return (f"{factors} = " if factors else "") + f"{stride} (first group [{', '.join(shown)}])"

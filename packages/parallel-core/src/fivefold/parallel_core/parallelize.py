@@ -43,10 +43,21 @@ def parallelize(
         parent, _, child = name.rpartition(".")
         replacement = style.apply(model.get_submodule(name), name, table)
         setattr(model.get_submodule(parent), child, replacement)
+    tie(model)
     table.pieces(model)
     if precision is not None:
         shard_data(model, table, _units(model), precision)
     return table
+
+
+def tie(model: nn.Module) -> None:
+    """Make parameters that are one parameter the same object again, if the model has any.
+
+    Cutting parameters down and moving them off the meta device make new objects.
+    """
+    method = getattr(model, "tie_weights", None)
+    if callable(method):
+        method()
 
 
 def _matches(model: nn.Module, plan: Plan) -> list[tuple[str, Style]]:

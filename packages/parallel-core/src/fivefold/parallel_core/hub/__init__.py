@@ -1,10 +1,10 @@
 """Models as files: folders of safetensors in Hugging Face form, and repositories of them."""
 
-from ..files import atomic_write_bytes, atomic_write_text, write_json
-from .fill import fill
-from .reader import SafetensorsReader
-from .repository import push, resolve
-from .writer import write_sharded
+from fivefold.parallel_core.files import atomic_write_bytes, atomic_write_text, write_json
+from fivefold.parallel_core.hub.fill import fill
+from fivefold.parallel_core.hub.reader import SafetensorsReader
+from fivefold.parallel_core.hub.repository import push, resolve
+from fivefold.parallel_core.hub.writer import write_sharded
 
 __all__ = [
     "SafetensorsReader",

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..box import Box
-from ..errors import CheckpointError
-from .reader import SafetensorsReader
+from fivefold.parallel_core.box import Box
+from fivefold.parallel_core.errors import CheckpointError
+from fivefold.parallel_core.hub.reader import SafetensorsReader
 
 
 @torch.no_grad()

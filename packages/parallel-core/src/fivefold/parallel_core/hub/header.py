@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError
+from fivefold.parallel_core.errors import CheckpointError
 
 DTYPES = {
     "F64": torch.float64,

@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..errors import CheckpointError
-from .header import Entry, read_header
+from fivefold.parallel_core.errors import CheckpointError
+from fivefold.parallel_core.hub.header import Entry, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -35,7 +35,7 @@ class SafetensorsReader:
     ...     rows = reader.read("lm_head.weight", (slice(0, 128), slice(None)))
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self._headers: dict[str, dict[str, Entry]] = {}
         self._open: dict[str, Any] = {}

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from ..errors import CheckpointError
+from fivefold.parallel_core.errors import CheckpointError
 
 MODEL_FILES = ("model*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 """What ``resolve`` downloads: weights, index, configuration and tokenizer; no pickles, and not the
@@ -33,7 +33,7 @@ def resolve(
         ImportError: a repository was asked for and huggingface_hub is not installed.
     """
     folder = Path(name_or_path).expanduser()
-    if folder.is_dir():
+    if str(name_or_path) and folder.is_dir():
         return folder
     if isinstance(name_or_path, Path) or not _REPOSITORY.fullmatch(name_or_path):
         found = "is a file" if folder.exists() else "does not exist"

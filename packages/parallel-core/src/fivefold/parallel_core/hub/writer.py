@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, ConfigError
-from ..files import sync_folder, synced_file, temporary_name, write_json
-from .header import plan_header
-from .reader import INDEX, SINGLE
+from fivefold.parallel_core.errors import CheckpointError, ConfigError
+from fivefold.parallel_core.files import sync_folder, synced_file, temporary_name, write_json
+from fivefold.parallel_core.hub.header import plan_header
+from fivefold.parallel_core.hub.reader import INDEX, SINGLE
 
 Spec = tuple[str, Sequence[int], torch.dtype]
 """Name, shape and dtype of a tensor that is going to be written."""
@@ -132,9 +132,8 @@ def _write_shard(
     with synced_file(path) as file:
         file.write(header)
         for spec in shard:
-            tensor = _next(spec, tensors)
             file.seek(len(header) + entries[spec[0]].start)
-            file.write(_raw(tensor))
+            file.write(_raw(_next(spec, tensors)))  # no name keeps it alive while the next is made
 
 
 def _next(spec: Spec, tensors: Iterator[tuple[str, Tensor]]) -> Tensor:

@@ -136,6 +136,7 @@ class TextBatches(_Windows):
         """
         if step < 0:
             raise ConfigError(f"step is {step}: at least 0")
+        # Training windows are always full: the padding value never shows.
         return self._read(self.windows(step), padding=-1)
 
     def windows(self, step: int) -> NDArray[np.int64]:

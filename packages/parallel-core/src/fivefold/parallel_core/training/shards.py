@@ -82,7 +82,7 @@ class TokenDataset:
                 for split in SPLITS
             }
             dataset = cls(folder=path, shards=shards, **index)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(f"no prepared tokens in {path}: it has no {INDEX}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, DataError):

@@ -4,7 +4,6 @@ import contextlib
 import multiprocessing
 import os
 import pickle
-import selectors
 import shutil
 import signal
 import tempfile
@@ -18,16 +17,15 @@ from typing import Any
 from fivefold.parallel_core._rank import (
     FAILURE,
     HEADER,
-    STACK_SIGNAL,
-    Birthplace,
     Failure,
     Job,
+    Origin,
     run_rank,
 )
 from fivefold.parallel_core.errors import RankError
 
 _CHUNK = 1 << 20
-_STACK_WAIT = 2.0  # seconds for all ranks to write their stacks
+_ENTRY = f'{run_rank.__code__.co_filename}"'
 _HELD = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -37,7 +35,7 @@ class ForkedRank:
     Args:
         number: its rank.
         job: what every rank has to know.
-        place: what every rank inherits.
+        origin: what every rank inherits.
         fn: what the rank runs.
         args: arguments of ``fn``.
     """
@@ -46,13 +44,13 @@ class ForkedRank:
         self,
         number: int,
         job: Job,
-        place: Birthplace,
+        origin: Origin,
         fn: Callable[..., Any],
         args: tuple[Any, ...],
     ):
         self.number = number
         self.name = f"rank {number} of {job.world_size}"
-        self._stack_file = place.stack_file(number)
+        self._stack_file = origin.stack_file(number)
         self.failure: Failure | None = None
         self._message = bytearray()
         self._at_end = False
@@ -60,7 +58,7 @@ class ForkedRank:
         os.set_blocking(self.pipe, False)
         context = multiprocessing.get_context("fork")
         self.process: ForkProcess = context.Process(
-            target=run_rank, args=(number, job, place, write_end, fn, args), name=self.name
+            target=run_rank, args=(number, job, origin, write_end, fn, args), name=self.name
         )
         try:
             _start(self.process)
@@ -118,10 +116,17 @@ class ForkedRank:
                 os.kill(self.process.pid, signum)
 
     def stacks(self) -> str:
-        """What the rank has written into its stack file."""
-        with contextlib.suppress(OSError):
-            return self._stack_file.read_text(errors="replace").strip()
-        return ""
+        """What the rank has written into its stack file, without the frames that led to ``fn``."""
+        try:
+            lines = self._stack_file.read_text(errors="replace").splitlines()
+        except OSError:
+            return ""
+        kept, is_ours = [], False
+        for line in lines:
+            is_ours = line.startswith("  File ") and (is_ours or _ENTRY in line)
+            if not is_ours:
+                kept.append(line)
+        return "\n".join(kept).strip()
 
     def close(self) -> None:
         """Give back the files of a rank that has ended."""
@@ -165,43 +170,12 @@ def _start(process: ForkProcess) -> None:
         process.start()
 
 
-@contextlib.contextmanager
-def forked_ranks(
-    job: Job, fn: Callable[..., Any], args: tuple[Any, ...], grace: float
-) -> Iterator["Ranks"]:
-    """Start the ranks; on leaving, end those that still run and give everything back.
+class Ranks(list[ForkedRank]):
+    """All ranks of a launch, in order.
 
     Args:
-        job: what every rank has to know.
-        fn: what every rank runs.
-        args: arguments of ``fn``.
-        grace: seconds between asking a rank to end and killing it.
+        release: file descriptor to write to when all have returned.
     """
-    folder = Path(tempfile.mkdtemp(prefix="fivefold-launch-"))
-    released, release = os.pipe()
-    # A signal between the fork and the rank's own handlers would run the parent's in the rank.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
-    place = Birthplace(folder=folder, parent=os.getpid(), signal_mask=mask, release=released)
-    ranks = Ranks(release)
-    try:
-        try:
-            for number in range(job.world_size):
-                ranks.append(ForkedRank(number, job, place, fn, args))
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        yield ranks
-    finally:
-        ranks.release()
-        _end(ranks, grace)
-        for rank in ranks:
-            rank.close()
-        os.close(released)
-        os.close(release)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-class Ranks(list[ForkedRank]):
-    """All ranks of a launch, in order."""
 
     def __init__(self, release: int):
         super().__init__()
@@ -217,50 +191,50 @@ class Ranks(list[ForkedRank]):
             rank.send(signum)
 
 
-def _end(ranks: Sequence[ForkedRank], grace: float) -> None:
+@contextlib.contextmanager
+def forked_ranks(
+    job: Job, fn: Callable[..., Any], args: tuple[Any, ...], grace: float
+) -> Iterator[Ranks]:
+    """Start the ranks; on leaving, end those that still run and give everything back.
+
+    Args:
+        job: what every rank has to know.
+        fn: what every rank runs.
+        args: arguments of ``fn``.
+        grace: seconds between asking a rank to end and killing it.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = Path(tempfile.mkdtemp(prefix="fivefold-launch-"))
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        released, release = os.pipe()
+        stack.callback(os.close, released)
+        stack.callback(os.close, release)
+        ranks = Ranks(release)
+        stack.callback(_end, ranks, grace)
+        # A signal between the fork and the rank's own handlers would run the parent's there.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
+        origin = Origin(folder=folder, parent=os.getpid(), signal_mask=mask, release=released)
+        try:
+            for number in range(job.world_size):
+                ranks.append(ForkedRank(number, job, origin, fn, args))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        yield ranks
+
+
+def _end(ranks: Ranks, grace: float) -> None:
+    ranks.release()
     for rank in ranks:
         if not rank.is_complete:
             rank.send(signal.SIGTERM)
     _join(ranks, grace)
-    for rank in ranks:
-        rank.send(signal.SIGKILL)
+    ranks.send(signal.SIGKILL)
     _join(ranks, 5.0)
+    for rank in ranks:
+        rank.close()
 
 
 def _join(ranks: Sequence[ForkedRank], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     for rank in ranks:
         rank.process.join(timeout=max(deadline - time.monotonic(), 0.0))
-
-
-@contextlib.contextmanager
-def watching(ranks: Sequence[ForkedRank]) -> Iterator[Callable[[float], None]]:
-    """Yield a function that reads and checks all ranks, waiting up to some seconds for news."""
-    with selectors.DefaultSelector() as selector:
-        for rank in ranks:
-            selector.register(rank.pipe, selectors.EVENT_READ, rank)
-
-        def look(seconds: float) -> None:
-            for key, _ in selector.select(seconds):
-                key.data.read()
-            for rank in ranks:
-                rank.check()
-                if rank.is_over and rank.pipe in selector.get_map():
-                    selector.unregister(rank.pipe)
-
-        yield look
-
-
-def collect_stacks(ranks: Sequence[ForkedRank]) -> str:
-    """Ask running ranks for the stacks of their threads, and wait for them a moment."""
-    for rank in ranks:
-        rank.send(STACK_SIGNAL)
-    texts: list[str] = []
-    deadline = time.monotonic() + _STACK_WAIT
-    while time.monotonic() < deadline:
-        earlier, texts = texts, [rank.stacks() for rank in ranks]
-        if all(texts) and texts == earlier:
-            break
-        time.sleep(0.05)
-    parts = zip(ranks, texts, strict=True)
-    return "\n".join(f"--- {r.name}\n{text or '(it did not answer)'}" for r, text in parts)

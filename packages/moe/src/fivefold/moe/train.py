@@ -1,0 +1,274 @@
+"""A training run of a mixture-of-experts language model: from a TOML file to checkpoints."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fivefold.moe import sharding
+from fivefold.moe.config import MoEConfig
+from fivefold.moe.model import MoEForCausalLM
+from fivefold.parallel_core.build import ParallelModel, build, make_runner
+from fivefold.parallel_core.checkpoint import Checkpoints
+from fivefold.parallel_core.config import Config, load_toml, override
+from fivefold.parallel_core.files import write_json
+from fivefold.parallel_core.layout import DEFAULT_ORDER, Layout
+from fivefold.parallel_core.topology import Topology
+from fivefold.parallel_core.training.data import EvaluationBatches, TextBatches
+from fivefold.parallel_core.training.loop import Outcome, Report, Trainer, TrainingConfig
+from fivefold.parallel_core.training.report import RunReport
+from fivefold.parallel_core.training.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from fivefold.parallel_core.training.tokens import TokenDataset, prepare
+
+CHECKPOINTS = "checkpoints"
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayoutConfig(Config):
+    """The degrees of ``Layout``; the data axes take what the number of ranks leaves."""
+
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+    ep: int = 1
+    etp: int = 1
+    order: str = DEFAULT_ORDER
+
+    def layout(self, world_size: int) -> Layout:
+        """The layout of ``world_size`` ranks; raises ``LayoutError`` where there is none."""
+        return Layout(world_size, **self.to_dict())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig(Config):
+    """What a model is trained on.
+
+    Attributes:
+        source: a folder, glob or file of text; "stdlib" is the Python standard library's source.
+        tokenizer: "bytes", or a ``tokenizer.json`` or a folder with one.
+        cache: folder of the token files.
+        heldout_fraction: share of the documents that training never sees.
+        end_of_text: the tokenizer's token after each document, where it has no usual one.
+    """
+
+    source: str = "stdlib"
+    tokenizer: str = "bytes"
+    cache: str = "~/.cache/fivefold/tokens"
+    heldout_fraction: float = 0.05
+    end_of_text: str | None = None
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer; raises ``DataError`` where it cannot be read."""
+        return load_tokenizer(self.tokenizer, self.end_of_text)
+
+    def prepare(self, tokenizer: Tokenizer) -> TokenDataset:
+        """The tokenised text, made now if it is not in the cache."""
+        cache = Path(self.cache).expanduser()
+        return prepare(self.source, tokenizer, cache, heldout_fraction=self.heldout_fraction)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig(Config):
+    """All of a run: model, layout, data and training, as in the sections of its TOML file."""
+
+    model: MoEConfig
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig
+
+
+def load_run(
+    source: Path | Mapping[str, Any], overrides: Mapping[str, str] | None = None
+) -> RunConfig:
+    """Read a run's configuration; a vocabulary size that is left out is the tokenizer's.
+
+    Args:
+        source: a TOML file, or the same as a mapping.
+        overrides: dotted key to text, as from the command line.
+
+    Raises:
+        ConfigError: an unknown key, a value of the wrong type, or one that cannot be.
+        DataError: the tokenizer has more ids than the model's vocabulary.
+    """
+    raw = load_toml(source) if isinstance(source, Path) else dict(source)
+    overrides = dict(overrides or {})
+    data = DataConfig.from_dict(raw.get("data", {}), "data")
+    of_data = {key[5:]: value for key, value in overrides.items() if key.startswith("data.")}
+    tokenizer = override(data, of_data).load_tokenizer()
+    defaults = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.end_of_text_id}
+    raw["model"] = {**defaults, **raw.get("model", {})}
+    _default_schedule(raw, overrides)
+    config = override(RunConfig.from_dict(raw), overrides)
+    check_vocabulary(tokenizer, config.model.vocab_size)
+    return config
+
+
+def _default_schedule(raw: dict[str, Any], overrides: dict[str, str]) -> None:
+    """Let the schedule end with the run where the file does not say otherwise."""
+    training = raw.get("training", {})
+    if "steps" in training and "total_steps" not in training.get("schedule", {}):
+        schedule = {**training.get("schedule", {}), "total_steps": training["steps"]}
+        raw["training"] = {**training, "schedule": schedule}
+        if "training.steps" in overrides:
+            overrides.setdefault("training.schedule.total_steps", overrides["training.steps"])
+
+
+def check(config: RunConfig, world_size: int) -> Layout:
+    """Check everything that can be checked before ranks are started.
+
+    Returns:
+        The layout.
+
+    Raises:
+        LayoutError: the degrees do not fit the number of ranks.
+        MoEConfigError: the model does not fit the layout.
+        ConfigError: the batch does not fit it, or the schedule needs more microbatches.
+    """
+    layout = config.layout.layout(world_size)
+    sharding.check(config.model, layout, config.training.sequence_length)
+    stages = layout.pp * config.training.pipeline.stages_per_rank
+    config.training.num_microbatches(layout.dp, layout.pp)
+    sharding.check_stages(config.model, stages)
+    return layout
+
+
+def build_model(config: RunConfig, topology: Topology) -> ParallelModel:
+    """This rank's part of the run's model, initialised from the run's seed."""
+    model = build(
+        lambda: MoEForCausalLM(config.model),
+        topology,
+        sharding.plan(config.model),
+        head=sharding.HEAD,
+        tail=sharding.TAIL,
+        pipeline=config.training.pipeline,
+        precision=config.training.precision,
+    )
+    first: Any = model.parts[0]
+    model.initialise(first.initialisation, config.training.seed)
+    return model
+
+
+def make_trainer(config: RunConfig, topology: Topology, folder: Path | None) -> Trainer:
+    """The trainer of one rank; the text must have been prepared.
+
+    Args:
+        config: the run.
+        topology: the ranks.
+        folder: of the run; None saves nothing.
+    """
+    training = config.training
+    dataset = config.data.prepare(config.data.load_tokenizer())
+    check_vocabulary(dataset, config.model.vocab_size)
+    place = {
+        f"{axis}_{what}": getattr(topology, what)(axis)
+        for axis in ("dp", "cp")
+        for what in ("rank", "size")
+    }
+    batches = TextBatches(
+        dataset.tokens("train"),
+        sequence_length=training.sequence_length,
+        global_batch_size=training.global_batch_size,
+        seed=training.seed,
+        **place,
+    )
+    heldout = _heldout(config, dataset, place)
+    model = build_model(config, topology)
+    runner = make_runner(
+        model,
+        training.pipeline,
+        num_microbatches=training.num_microbatches(topology.size("dp"), topology.size("pp")),
+        microbatch_size=training.microbatch_size,
+        sequence_length=training.sequence_length,
+        hidden_size=config.model.hidden_size,
+        vocab_size=config.model.vocab_size,
+        dtype=training.precision.compute_dtype,
+    )
+    return Trainer(
+        training,
+        model,
+        runner,
+        batches,
+        heldout,
+        checkpoints=Checkpoints(folder / CHECKPOINTS, training.keep_checkpoints) if folder else None,
+        identity={"data": dataset.fingerprint},
+        summarise=summarise,
+    )
+
+
+def _heldout(
+    config: RunConfig, dataset: TokenDataset, place: Mapping[str, int]
+) -> EvaluationBatches | tuple[()]:
+    if dataset.num_tokens("heldout") < 2:
+        return ()
+    return EvaluationBatches(
+        dataset.tokens("heldout"),
+        sequence_length=config.training.sequence_length,
+        global_batch_size=config.training.global_batch_size,
+        num_windows=config.training.evaluation_sequences,
+        **place,
+    )
+
+
+def _in_bits(report: Report, dataset: TokenDataset) -> Report:
+    """Add bits per byte of text to every loss; they compare across tokenizers."""
+
+    def tell(step: int, measured: Mapping[str, float]) -> None:
+        more = dict(measured)
+        for split, key in (("train", "loss"), ("heldout", "heldout_loss")):
+            if key in measured:
+                tokens = dataset.num_tokens(split)
+                bits = measured[key] / math.log(2) * tokens / max(dataset.num_bytes[split], 1)
+                more[key.replace("loss", "bits_per_byte")] = bits
+        report(step, more)
+
+    return tell
+
+
+def summarise(sums: Mapping[str, Tensor], num_sequences: int) -> dict[str, float]:
+    """Figures of the routers from the sums over a step.
+
+    Returns:
+        Mean ``aux_loss`` and ``z_loss`` of a sequence, summed over layers; and the load of the
+        busiest expert over the mean one, in the worst layer and as the mean over layers.
+    """
+    figures = {
+        name: float(sums[name]) / num_sequences for name in ("aux_loss", "z_loss") if name in sums
+    }
+    ratios = [
+        float(load.max() / load.mean()) for name, load in sums.items() if name.startswith("load.")
+    ]
+    if ratios:
+        figures["load_max_over_mean"] = sum(ratios) / len(ratios)
+        figures["load_max_over_mean_worst"] = max(ratios)
+    return figures
+
+
+def train_rank(config: RunConfig, folder: Path, tensorboard: bool = False) -> Outcome:
+    """Train on this rank, from the newest checkpoint in ``folder`` if there is one.
+
+    Every rank of the job calls it; the process group must be there where there is more than one.
+    """
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    topology = Topology(config.layout.layout(world_size), device=_device())
+    trainer = make_trainer(config, topology, folder)
+    step = trainer.resume()
+    if topology.world_rank != 0:
+        return trainer.fit()
+    plain = config.to_dict()
+    write_json(folder / RUN_FILE, {**plain, "layout": topology.layout.to_dict()})
+    dataset = config.data.prepare(config.data.load_tokenizer())
+    with RunReport(folder, config.training.steps, step, plain, tensorboard) as report:
+        trainer.report = _in_bits(report, dataset)
+        return trainer.fit()
+
+
+def _device() -> torch.device:
+    if torch.cuda.is_available() and dist.is_initialized() and dist.get_backend() != "gloo":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

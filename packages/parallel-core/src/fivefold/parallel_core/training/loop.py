@@ -1,0 +1,305 @@
+"""The training loop: a parallel model, a loss and batches in, finished steps out."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fivefold.parallel_core.build import ParallelModel
+from fivefold.parallel_core.checkpoint import Checkpoints, TensorPart
+from fivefold.parallel_core.collectives import sum_over
+from fivefold.parallel_core.config import Config
+from fivefold.parallel_core.data_parallel import Precision
+from fivefold.parallel_core.errors import ConfigError
+from fivefold.parallel_core.gradients import clip, global_norm, sum_partial
+from fivefold.parallel_core.pipeline import PipelineConfig, Runner
+from fivefold.parallel_core.training.optimizer import AdamWConfig, ShardedAdamW
+from fivefold.parallel_core.training.schedule import WarmupCosine
+from fivefold.parallel_core.training.state import load_state, save_state
+from fivefold.parallel_core.training.totals import Totals
+
+Report = Callable[[int, Mapping[str, float]], None]
+"""Called on rank 0 with the number of finished steps and what was measured."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig(Config):
+    """A training run.
+
+    Attributes:
+        steps: optimizer steps in all.
+        global_batch_size: sequences in a step, over all ranks.
+        microbatch_size: sequences that go through the model at once on one rank.
+        sequence_length: tokens in a sequence.
+        seed: of the initial weights and of the order of the data.
+        gradient_clip: largest global norm of the gradient; None for no limit.
+        evaluate_every: steps between evaluations on held-out text, besides the one at the end;
+            None for only that one.
+        evaluation_sequences: held-out sequences of an evaluation; None for all.
+        checkpoint_every: steps between checkpoints, besides the one at the end.
+        keep_checkpoints: newest checkpoints that are kept.
+        optimizer: constants of AdamW.
+        schedule: learning rate.
+        precision: dtypes.
+        pipeline: schedule over the pipeline ranks.
+    """
+
+    steps: int
+    global_batch_size: int
+    microbatch_size: int
+    sequence_length: int
+    seed: int = 0
+    gradient_clip: float | None = 1.0
+    evaluate_every: int | None = None
+    evaluation_sequences: int | None = None
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    optimizer: AdamWConfig = field(default_factory=AdamWConfig)
+    schedule: WarmupCosine
+    precision: Precision = field(default_factory=Precision)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch_size", "microbatch_size", "sequence_length"):
+            _at_least_one(name, getattr(self, name))
+        for name in ("checkpoint_every", "evaluate_every", "evaluation_sequences"):
+            if getattr(self, name) is not None:
+                _at_least_one(name, getattr(self, name))
+        if self.gradient_clip is not None and self.gradient_clip <= 0:
+            raise ConfigError(
+                f"gradient_clip={self.gradient_clip}; a positive norm, or leave it out for none"
+            )
+
+    def num_microbatches(self, dp: int, pp: int) -> int:
+        """Microbatches of a step on one rank.
+
+        Raises:
+            ConfigError: the batch does not divide, or the schedule needs more microbatches.
+        """
+        share = dp * self.microbatch_size
+        if self.global_batch_size % share:
+            raise ConfigError(
+                f"global_batch_size={self.global_batch_size} is not a multiple of dp * "
+                f"microbatch_size = {dp} * {self.microbatch_size} = {share}"
+            )
+        count = self.global_batch_size // share
+        self.pipeline.check(pp, count)
+        return count
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise ConfigError(f"{name}={value}; it must be at least 1")
+
+
+class Batches(Protocol):
+    """Training batches, addressed by step."""
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """This rank's inputs and targets of a step, (B, S) each."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a call of ``Trainer.fit`` ended.
+
+    Attributes:
+        step: finished steps.
+        finished: False where it was asked to stop before.
+        heldout_loss: mean loss in nats a token on the held-out text, of the last evaluation.
+    """
+
+    step: int
+    finished: bool
+    heldout_loss: float | None
+
+
+class Trainer:
+    """Trains one model on one layout; every rank makes one and calls the same methods.
+
+    Attributes:
+        step: finished steps.
+        heldout_loss: of the last evaluation, in nats a token.
+        report: called on rank 0 after each step and evaluation; None tells nobody.
+
+    Args:
+        config: the run.
+        model: this rank's part, with values.
+        runner: runs the model's microbatches.
+        batches: training data of this rank.
+        heldout: held-out batches of this rank, the same number on each; may be empty.
+        checkpoints: where to save; None saves nothing.
+        identity: plain data that a resumed run must share (the data's fingerprint, say).
+        summarise: from sums of the model's side outputs and the number of sequences to figures.
+        ignore_index: target that counts as no token.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        model: ParallelModel,
+        runner: Runner,
+        batches: Batches,
+        heldout: Iterable[tuple[Tensor, Tensor]] = (),
+        *,
+        checkpoints: Checkpoints | None = None,
+        identity: Mapping[str, Any] | None = None,
+        summarise: Callable[[Mapping[str, Tensor], int], dict[str, float]] | None = None,
+        ignore_index: int = -100,
+    ):
+        self.config, self.model, self.runner = config, model, runner
+        self.batches, self.heldout, self.checkpoints = batches, heldout, checkpoints
+        self.topology = model.topology
+        self.pieces = model.pieces()
+        self.optimizer = ShardedAdamW(self.pieces, config.optimizer)
+        self.step = 0
+        self.heldout_loss: float | None = None
+        # What decides which samples a step sees; a resumed run must agree on it.
+        self.identity = {
+            "global_batch_size": config.global_batch_size,
+            "sequence_length": config.sequence_length,
+            "seed": config.seed,
+            **(identity or {}),
+        }
+        self.report: Report | None = None
+        self._summarise = summarise
+        self._ignore_index = ignore_index
+        self._totals, self._heldout_totals = Totals(self.topology.world), Totals(self.topology.world)
+        self._stop = False
+
+    def resume(self) -> int:
+        """Go on from the newest whole checkpoint, if there is one, whatever layout wrote it.
+
+        Returns:
+            Finished steps.
+
+        Raises:
+            ConfigError: it is of a run with other data or batches.
+            CheckpointError: it does not fit the model.
+        """
+        newest = self.checkpoints.latest() if self.checkpoints else None
+        if newest is not None:
+            self.step = load_state(newest, self.parts(), self.identity, self.topology)
+            self.optimizer.set_steps(self.step)
+        return self.step
+
+    def save(self) -> None:
+        """Write a checkpoint of the finished steps."""
+        if self.checkpoints is not None:
+            save_state(self.checkpoints, self.step, self.parts(), self.identity, self.topology)
+
+    def parts(self) -> dict[str, TensorPart]:
+        """All that training changes, by name: parameters and optimizer moments."""
+        parameters = {
+            f"model.{piece.name}": TensorPart(piece.tensor, piece.box, piece.shape)
+            for piece in self.pieces
+        }
+        return parameters | self.optimizer.parts()
+
+    def fit(self) -> Outcome:
+        """Train until the last step, or until SIGTERM asks to stop; saves in both cases."""
+        with self._stop_on_sigterm():
+            while self.step < self.config.steps:
+                stop = self.train_step()
+                last = self.step == self.config.steps
+                if self._due(self.config.evaluate_every, last):
+                    self.evaluate()
+                if stop or last or self.step % self.config.checkpoint_every == 0:
+                    self.save()
+                if stop:
+                    break
+        if self.step == self.config.steps and self.heldout_loss is None:
+            self.evaluate()
+        return Outcome(self.step, self.step == self.config.steps, self.heldout_loss)
+
+    def _due(self, every: int | None, last: bool) -> bool:
+        return last or (every is not None and self.step % every == 0)
+
+    def train_step(self) -> bool:
+        """One optimizer step; returns whether any rank was asked to stop."""
+        start = time.perf_counter()
+        inputs, targets = (x.to(self.topology.device) for x in self.batches.batch(self.step))
+        self.model.train()
+        self.model.weigh_side_losses(1 / self.config.global_batch_size)
+        tokens = self._count(targets)
+        valid = sum_over(tokens, self.topology.axis("dp-cp"))
+        loss = self.runner.train(inputs, targets, 1 / max(float(valid), 1.0))
+        sum_partial(self.pieces, self.topology)
+        norm = global_norm(self.pieces, self.topology)
+        if self.config.gradient_clip is not None:
+            clip(self.pieces, norm, self.config.gradient_clip)
+        learning_rate = self.config.schedule.rate(self.step)
+        self.optimizer.step(learning_rate)
+        self.step += 1
+        sums = self._totals.sum(
+            {
+                "loss": self._once_per_tp(loss),
+                "stop": torch.tensor(float(self._stop), device=loss.device),
+                **self.model.drain_side_outputs(),
+            }
+        )
+        mean_loss, stop = float(sums.pop("loss")) / max(float(valid), 1.0), float(sums.pop("stop")) > 0
+        seconds = time.perf_counter() - start
+        self._tell(
+            {
+                "loss": mean_loss,
+                **(self._summarise(sums, self.config.global_batch_size) if self._summarise else {}),
+                "grad_norm": float(norm),
+                "learning_rate": learning_rate,
+                "tokens_per_second": float(valid) / seconds,
+                "seconds": seconds,
+            }
+        )
+        return stop
+
+    def evaluate(self) -> float | None:
+        """Mean loss in nats a token over the held-out batches; None where there are none."""
+        self.model.train(False)
+        sums = {"loss": torch.zeros((), dtype=torch.float64), "tokens": torch.zeros(())}
+        last = self.topology.rank("pp") == self.topology.size("pp") - 1
+        for inputs, targets in self.heldout:
+            inputs, targets = inputs.to(self.topology.device), targets.to(self.topology.device)
+            sums["loss"] += self._once_per_tp(self.runner.evaluate(inputs, targets)).cpu()
+            sums["tokens"] += self._once_per_tp(self._count(targets)).cpu() * last
+        totals = self._heldout_totals.sum(sums)
+        if totals["tokens"] > 0:
+            self.heldout_loss = float(totals["loss"] / totals["tokens"])
+            self._tell({"heldout_loss": self.heldout_loss})
+        return self.heldout_loss
+
+    def _count(self, targets: Tensor) -> Tensor:
+        return (targets != self._ignore_index).sum().double()
+
+    def _once_per_tp(self, value: Tensor) -> Tensor:
+        """The value on one of the ranks that compute the same one, zero on the others."""
+        return value.double() if self.topology.rank("tp") == 0 else torch.zeros_like(value).double()
+
+    def _tell(self, measured: Mapping[str, float]) -> None:
+        if self.report is not None and self.topology.world_rank == 0:
+            self.report(self.step, measured)
+
+    @contextmanager
+    def _stop_on_sigterm(self) -> Iterator[None]:
+        """Finish the step at hand when asked to end; only a main thread can be asked."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            self._stop = True
+
+        earlier = signal.signal(signal.SIGTERM, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, earlier)
+            self._stop = False

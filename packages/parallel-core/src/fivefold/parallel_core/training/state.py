@@ -1,0 +1,75 @@
+"""What of a run goes into a checkpoint beside the tensors, and how it is checked when resuming."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fivefold.parallel_core.box import Box
+from fivefold.parallel_core.checkpoint import Checkpoints, TensorPart, load_parts, read_state
+from fivefold.parallel_core.errors import ConfigError
+from fivefold.parallel_core.topology import Topology
+
+
+def save_state(
+    checkpoints: Checkpoints,
+    step: int,
+    parts: Mapping[str, TensorPart],
+    identity: Mapping[str, Any],
+    topology: Topology,
+) -> Path:
+    """Save a run after ``step`` steps; all ranks together.
+
+    The random state of each rank is saved with it. The position in the data is the step.
+    """
+    state = {
+        "identity": dict(identity),
+        "layout": topology.layout.to_dict(),
+        "torch": torch.__version__,
+    }
+    return checkpoints.save(step, {**parts, **_random_state(topology)}, state)
+
+
+def load_state(
+    path: Path,
+    parts: Mapping[str, TensorPart],
+    identity: Mapping[str, Any],
+    topology: Topology,
+) -> int:
+    """Fill ``parts`` from a checkpoint of the same run, of any layout; all ranks together.
+
+    Random state is a rank's own and is restored where the layout is the one that was saved; under
+    another layout each rank starts a stream of its own from (step, rank).
+
+    Returns:
+        Finished steps.
+
+    Raises:
+        ConfigError: the checkpoint is of a run with other data or batches.
+        CheckpointError: it is damaged or does not fit.
+    """
+    state = read_state(path)
+    differing = [key for key, value in identity.items() if state["identity"].get(key) != value]
+    if differing:
+        found = ", ".join(f"{key}={state['identity'].get(key)}" for key in differing)
+        asked = ", ".join(f"{key}={identity[key]}" for key in differing)
+        raise ConfigError(
+            f"{path} is of a run with {found}, this one has {asked}; resume with the same values, "
+            "or train into another folder"
+        )
+    same = state["layout"] == topology.layout.to_dict()
+    random = _random_state(topology) if same else {}
+    load_parts(path, {**parts, **random})
+    for part in random.values():
+        torch.set_rng_state(part.tensor)
+    if not same:
+        torch.manual_seed(hash((state["step"], topology.world_rank)) % (1 << 62))
+    step: int = state["step"]
+    return step
+
+
+def _random_state(topology: Topology) -> dict[str, TensorPart]:
+    state = torch.get_rng_state()
+    shape = tuple(state.shape)
+    return {f"random.{topology.world_rank}": TensorPart(state, Box.whole(shape), shape)}
