@@ -40,9 +40,14 @@ def test_the_old_file_stays_until_the_block_ends(tmp_path: Path) -> None:
 def test_an_error_keeps_the_old_file_and_leaves_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"old")
-    with pytest.raises(KeyError), atomic_file(path) as file:
-        file.write(b"half")
-        raise KeyError
+
+    def fail() -> None:
+        with atomic_file(path) as file:
+            file.write(b"half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["a"]
 

@@ -14,7 +14,7 @@ class Router(nn.Module):
     """Softmax over all experts, the ``num_experts_per_token`` best, weights scaled to sum to 1.
 
     Scores are computed in float32 or wider. Of equally probable experts the one with the lower
-    index is chosen, so that a routing never depends on the device or the number of rows.
+    index is chosen.
 
     In training it adds to ``side``, as sums over what this rank holds:
 

@@ -261,7 +261,7 @@ def train_rank(config: RunConfig, folder: Path, tensorboard: bool = False) -> Ou
     if topology.world_rank != 0:
         return trainer.fit()
     plain = config.to_dict()
-    write_json(folder / RUN_FILE, {**plain, "layout": topology.layout.to_dict()})
+    write_json(folder / RUN_FILE, plain)
     dataset = config.data.prepare(config.data.load_tokenizer())
     with RunReport(folder, config.training.steps, step, plain, tensorboard) as report:
         trainer.report = _in_bits(report, dataset)

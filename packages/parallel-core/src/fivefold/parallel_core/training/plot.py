@@ -105,7 +105,7 @@ def _draw_losses(axes: "Axes", unit: str, train: Series, heldout: Series) -> Non
         _draw_curve(axes, train, _TRAIN, f"train {_smooth(train[1])[-1]:.3f}")
     if heldout[0]:
         label = f"held-out {heldout[1][-1]:.3f}"
-        axes.plot(*heldout, color=_HELDOUT, marker="o", markersize=4, linewidth=1.4, label=label)
+        axes.plot(*heldout, color=_HELDOUT, marker="o", markersize=3.5, linewidth=1.4, label=label)
     axes.set_ylabel(f"loss, {unit}")
     axes.legend(frameon=False)
 
@@ -136,7 +136,7 @@ def _draw_steps(axes: "Axes", steps: list[int]) -> None:
 
     axes.set_xlabel("step")
     if max(steps) < 20 * max(min(steps), 1):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     elif min(steps) < 1:
         axes.set_xscale("symlog", linthresh=1.0)  # a logarithm has no place for step 0
     else:
