@@ -51,9 +51,7 @@ def tiny() -> Callable[..., MoEConfig]:
 def oracle(tmp_path: Path) -> Callable[..., tuple[MoEForCausalLM, Any]]:
     """Makes our model and transformers' with the same random weights, in eval mode."""
 
-    def make(
-        config: MoEConfig, dtype: torch.dtype = torch.float32
-    ) -> tuple[MoEForCausalLM, Any]:
+    def make(config: MoEConfig, dtype: torch.dtype = torch.float32) -> tuple[MoEForCausalLM, Any]:
         # Its grouped kernel has no float64; "eager" is the loop over experts.
         described = MixtralConfig(
             **config.to_hf(), attn_implementation="sdpa", experts_implementation="eager"

@@ -10,7 +10,9 @@ def routing(num_tokens: int, num_experts: int, k: int) -> Tensor:
     return torch.rand(num_tokens, num_experts).argsort(dim=1)[:, :k]
 
 
-@pytest.mark.parametrize(("tokens", "num_experts", "k"), [(7, 4, 2), (1, 3, 3), (5, 6, 1), (0, 2, 1)])
+@pytest.mark.parametrize(
+    ("tokens", "num_experts", "k"), [(7, 4, 2), (1, 3, 3), (5, 6, 1), (0, 2, 1)]
+)
 def test_rows_are_sorted_by_expert_and_token(tokens: int, num_experts: int, k: int) -> None:
     x, experts = torch.randn(tokens, 3), routing(tokens, num_experts, k)
     rows, counts, _ = TokenDispatcher(num_experts).dispatch(x, experts)

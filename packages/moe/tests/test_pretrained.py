@@ -18,6 +18,10 @@ from fivefold.moe.pretrained import load_parameters, read_config
 from fivefold.parallel_core import hub
 from fivefold.parallel_core.box import Box
 from fivefold.parallel_core.errors import CheckpointError
+from fivefold.parallel_core.inference import whole_logits
+from fivefold.parallel_core.launch import launch
+from fivefold.parallel_core.layout import Layout
+from fivefold.parallel_core.topology import Topology
 
 Make = Callable[..., MoEConfig]
 
@@ -55,9 +59,7 @@ def test_there_and_back(
     assert same(tmp_path / "a", tmp_path / "b")
     files = [len(list((tmp_path / d).glob("*.safetensors"))) for d in "ab"]
     assert (files == [1, 1]) if shard == "1GB" else min(files) > 3
-    again, info = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "b", output_loading_info=True
-    )
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "b", output_loading_info=True)
     assert not any(info.values())
     assert {parameter.dtype for parameter in again.parameters()} == {dtype}
     again.save_pretrained(tmp_path / "c", max_shard_size=shard)
@@ -147,6 +149,26 @@ def test_only_the_slices_that_are_held(saved: Path, monkeypatch: pytest.MonkeyPa
     for part in parts:
         assert torch.equal(part.tensor, whole[part.name][part.box.slices]), part.name
     assert sum(asked) == sum(box.numel for box in boxes.values())
+
+
+@pytest.mark.parametrize(
+    "degrees", [{"tp": 2, "pp": 2, "ep": 2}, {"cp": 2, "ep": 2, "etp": 2}], ids=str
+)
+def test_each_rank_reads_its_own(tiny: Make, tmp_path: Path, degrees: dict[str, int]) -> None:
+    MoEForCausalLM(tiny(num_experts=4)).save_pretrained(tmp_path)
+    x = torch.randint(48, (2, 8))
+
+    def logits() -> tuple[Tensor, int]:
+        topology = Topology(Layout(4, **degrees))
+        model = MoEForCausalLM.from_pretrained(tmp_path, topology, dtype=torch.float64)
+        out = whole_logits(model, topology, x, vocab_size=48, hidden_size=32)
+        return out, sum(parameter.numel() for parameter in model.parameters())
+
+    whole = MoEForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    total = sum(parameter.numel() for parameter in whole.parameters())
+    for found, held in launch(logits, 4, timeout=120):
+        torch.testing.assert_close(found, whole(x).detach(), rtol=1e-11, atol=1e-12)
+        assert held < 0.55 * total
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:

@@ -12,9 +12,7 @@ from fivefold.moe.rotary import Positions, Rotary
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("head_dim", "theta", "start"), [(8, 1e6, 0), (6, 1e4, 3000)])
-def test_bits_of_transformers(
-    dtype: torch.dtype, head_dim: int, theta: float, start: int
-) -> None:
+def test_bits_of_transformers(dtype: torch.dtype, head_dim: int, theta: float, start: int) -> None:
     config = MixtralConfig(
         hidden_size=2 * head_dim,
         num_attention_heads=2,

@@ -94,13 +94,12 @@ class MLP(nn.Module):
 
 
 class Experts(nn.Module):
-    """Every expert sees every token; the sum of what they say, and a side loss."""
+    """Every expert sees every token, and what they say is summed."""
 
-    def __init__(self, config: ToyConfig, side: SideOutputs):
+    def __init__(self, config: ToyConfig):
         super().__init__()
         self.up = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.width))
         self.down = nn.Parameter(torch.empty(config.num_experts, config.width, config.hidden_size))
-        self.side = side
 
     def mix(self, x_nh: Tensor) -> Tensor:
         """What the experts that are here add for tokens (N, H)."""
@@ -108,8 +107,7 @@ class Experts(nn.Module):
         return torch.einsum("enf,efh->nh", inside, self.down)
 
     def forward(self, x_bsh: Tensor) -> Tensor:
-        y = self.mix(x_bsh.flatten(0, 1)).view_as(x_bsh)
-        return self.side.loss("square", y.square().sum(), y)
+        return self.mix(x_bsh.flatten(0, 1)).view_as(x_bsh).clone()
 
 
 class FoldedExperts(Experts):
@@ -120,9 +118,8 @@ class FoldedExperts(Experts):
     def forward(self, x_bsh: Tensor) -> Tensor:
         x_nh = x_bsh.flatten(0, 1)
         sizes = [x_nh.shape[0]] * self.axis.size
-        y = reduce_scatter_v(self.mix(all_gather_v(x_nh, sizes, self.axis)), sizes, self.axis)
-        y = y.view_as(x_bsh)
-        return self.side.loss("square", y.square().sum(), y)
+        y_nh = self.mix(all_gather_v(x_nh, sizes, self.axis))
+        return reduce_scatter_v(y_nh, sizes, self.axis).view_as(x_bsh).clone()
 
 
 @dataclass(frozen=True)
@@ -145,13 +142,17 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
         self.mlp = MLP(config)
-        self.experts = Experts(config, side) if config.num_experts else None
+        self.experts = Experts(config) if config.num_experts else None
+        self.side = side
 
     def forward(self, x_bsh: Tensor, positions: nn.Module) -> Tensor:
         x_bsh = x_bsh + self.attention(self.attention_norm(x_bsh), positions)
         y_bsh = self.mlp_norm(x_bsh)
         x_bsh = x_bsh + self.mlp(y_bsh)
-        return x_bsh if self.experts is None else x_bsh + self.experts(y_bsh)
+        if self.experts is None:
+            return x_bsh
+        y_bsh = self.experts(y_bsh)
+        return x_bsh + self.side.loss("square", y_bsh.square().sum(), y_bsh)
 
 
 class Toy(nn.Module):

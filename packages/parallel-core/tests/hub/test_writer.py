@@ -59,7 +59,6 @@ def mixed() -> Tensors:
         "empty": torch.empty(3, 0),
         "fp8": torch.arange(5.0).to(torch.float8_e4m3fn),
         "parameter": torch.nn.Parameter(torch.ones(2)),
-        "complex": torch.tensor([1 + 2j]),
     }
 
 
@@ -72,7 +71,7 @@ def test_single_file_is_read_by_the_library(tmp_path: Path) -> None:
         for name, tensor in mixed().items():
             assert loaded[name].dtype == tensor.dtype
             assert loaded[name].shape == tensor.shape
-            assert torch.equal(loaded[name].to(torch.complex128), tensor.to(torch.complex128))
+            assert torch.equal(loaded[name].to(torch.float64), tensor.to(torch.float64))
     with safe_open(paths[0], "pt") as opened:
         assert opened.metadata() == {"format": "pt"}
 

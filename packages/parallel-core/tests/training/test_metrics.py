@@ -82,7 +82,7 @@ def test_values_become_plain_and_finite(tmp_path: Path) -> None:
 def test_other_values_are_errors_and_write_nothing(tmp_path: Path, value: Any) -> None:
     sink = JsonlSink(tmp_path / "m.jsonl")
     sink.init()
-    with pytest.raises(ParallelError, match="metric 'x' is .*; expected a number"):
+    with pytest.raises(ParallelError, match=r"metric 'x' is .*; expected a number"):
         sink.log(1, {"x": value})
     with pytest.raises(ParallelError, match="'step' is the record's own key"):
         sink.log(1, {"step": 2})

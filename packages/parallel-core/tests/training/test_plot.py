@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
@@ -61,7 +60,7 @@ def test_a_full_run(tmp_path: Path, drawn: list[Figure]) -> None:
     pixels = imread(tmp_path / "new" / "loss.png")
     assert pixels.shape[0] > 800
     assert pixels.shape[1] == 1200
-    assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 50
+    assert (pixels[..., :3].min(-1) < 0.5).mean() > 0.005  # there is ink
     (figure,) = drawn
     assert labels(figure) == [
         "loss, bits per byte",
@@ -77,7 +76,7 @@ def test_a_full_run(tmp_path: Path, drawn: list[Figure]) -> None:
     assert list(raw.get_xdata()) == list(range(1, 61))
     assert list(raw.get_ydata()) == [2 / step for step in range(1, 61)]
     assert list(heldout.get_ydata()) == [2.5 / step for step in range(1, 61)]
-    assert smooth.get_ydata()[5] == raw.get_ydata()[5]
+    assert smooth.get_ydata()[5] == pytest.approx(2 / 6)
     assert smooth.get_ydata()[59] == pytest.approx((2 / 58 + 2 / 59 + 2 / 60) / 3)
     legend = top.get_legend()
     assert legend is not None

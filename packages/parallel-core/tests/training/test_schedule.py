@@ -1,6 +1,7 @@
 """Learning rates of every step."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ def test_decays_end_at_the_minimum_on_the_last_step(warmup: int) -> None:
         found = rates(total_steps=25, warmup_steps=warmup, min_ratio=0.1, kind=kind)
         assert found[-1] == pytest.approx(0.2)
         decay = found[warmup:]
-        assert all(a > b for a, b in zip(decay, decay[1:], strict=False))
+        assert all(a > b for a, b in pairwise(decay))
     assert set(rates(total_steps=25, warmup_steps=warmup, kind="constant")[warmup:]) == {2.0}
 
 

@@ -46,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Train, export and run mixture-of-experts language models under folded "
         "five-dimensional parallelism.",
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {version('fivefold-moe')}")
+    parser.add_argument(
+        "--version", action="version", version=f"%(prog)s {version('fivefold-moe')}"
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands.add_parser("train", help="train a model, or go on with a run"))
     _add_export(commands.add_parser("export", help="write a run's model in Hugging Face form"))
@@ -65,7 +67,10 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="TOML file of the run")
     parser.add_argument(
-        "--run", default="runs/moe", metavar="FOLDER", help="folder of the run (default: %(default)s)"
+        "--run",
+        default="runs/moe",
+        metavar="FOLDER",
+        help="folder of the run (default: %(default)s)",
     )
     parser.add_argument("--nproc", type=int, metavar="N", help="ranks to fork (default: 1)")
     parser.add_argument(
@@ -85,7 +90,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.description = "Write a run's newest checkpoint as a model that transformers loads."
     parser.add_argument("--run", required=True, metavar="FOLDER", help="folder of the run")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="where to write the model")
+    parser.add_argument(
+        "--output", required=True, metavar="FOLDER", help="where to write the model"
+    )
     parser.add_argument("--step", type=int, help="a checkpoint other than the newest")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of the run"
@@ -101,7 +108,10 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N")
     parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0 takes the likeliest (default: %(default)s)"
+        "--temperature",
+        type=float,
+        default=0.8,
+        help="0 takes the likeliest (default: %(default)s)",
     )
     parser.add_argument("--top-k", type=int, metavar="K")
     parser.add_argument("--top-p", type=float, metavar="P")

@@ -34,7 +34,9 @@ def train(options: argparse.Namespace) -> int:
 
 def _train_under_torchrun(config: RunConfig, folder: Path, options: argparse.Namespace) -> int:
     if options.nproc is not None:
-        raise ConfigError("--nproc forks ranks, but torchrun has started them already: leave it out")
+        raise ConfigError(
+            "--nproc forks ranks, but torchrun has started them already: leave it out"
+        )
     rank, world_size = connect()
     layout = check(config, world_size)
     if rank == 0:

@@ -195,7 +195,9 @@ def make_trainer(config: RunConfig, topology: Topology, folder: Path | None) -> 
         runner,
         batches,
         heldout,
-        checkpoints=Checkpoints(folder / CHECKPOINTS, training.keep_checkpoints) if folder else None,
+        checkpoints=Checkpoints(folder / CHECKPOINTS, training.keep_checkpoints)
+        if folder
+        else None,
         identity={"data": dataset.fingerprint},
         summarise=summarise,
     )

@@ -65,9 +65,7 @@ def test_forward_and_gradients_in_every_dtype(counts: list[int], dtype: torch.dt
 @pytest.mark.usefixtures("nan_memory")
 @pytest.mark.parametrize(("inner", "outer"), [(15, 7), (7, 16), (16, 7), (1, 1), (3, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_sizes_that_the_grouped_kernel_refuses(
-    inner: int, outer: int, dtype: torch.dtype
-) -> None:
+def test_sizes_that_the_grouped_kernel_refuses(inner: int, outer: int, dtype: torch.dtype) -> None:
     compare([3, 0, 5], inner, outer, dtype)
 
 

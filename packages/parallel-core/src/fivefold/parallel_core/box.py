@@ -48,6 +48,4 @@ class Box:
 
     def within(self, outer: "Box") -> "Box":
         """The same box in coordinates that start at ``outer``'s corner."""
-        return Box(
-            tuple(a - b for a, b in zip(self.offset, outer.offset, strict=True)), self.size
-        )
+        return Box(tuple(a - b for a, b in zip(self.offset, outer.offset, strict=True)), self.size)

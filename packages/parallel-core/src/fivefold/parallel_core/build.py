@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fivefold.parallel_core.data_parallel import Precision
 from fivefold.parallel_core.losses import SideOutputs
-from fivefold.parallel_core.parallelize import parallelize, tie
+from fivefold.parallel_core.parallelize import check_plan, parallelize, tie
 from fivefold.parallel_core.parameters import ParameterTable, Piece, initialise
 from fivefold.parallel_core.pipeline import (
     LocalRunner,
@@ -99,6 +99,7 @@ def build(
     for i in range(per_rank):
         with torch.device("meta"):
             part = make().to(precision.storage_dtype if precision else dtype)
+        check_plan(part, plan)
         keep_stage(part, pp.rank + i * pp.size, pp.size * per_rank, head=head, tail=tail)
         parallelize(part, topology, plan, precision, table)
         part.to_empty(device=topology.device)

@@ -6,18 +6,19 @@ tensor, so nothing in the files knows how many ranks wrote them. A checkpoint ap
 """
 
 import json
-import os
 import re
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -26,9 +27,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from fivefold.parallel_core.box import Box
 from fivefold.parallel_core.errors import CheckpointError
+from fivefold.parallel_core.files import atomic_write_text, sync_folder
 
 _STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
@@ -128,12 +132,13 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         _barrier()
-        dcp.save(
-            dict(parts),
-            checkpoint_id=partial,
-            planner=_SavePlanner(),
-            no_dist=not dist.is_initialized(),
-        )
+        with _alone_is_fine():
+            save(
+                dict(parts),
+                checkpoint_id=partial,
+                planner=_SavePlanner(),
+                no_dist=not dist.is_initialized(),
+            )
         if _rank() == 0:
             self._finish(partial, final, {**state, "step": step})
         _barrier()
@@ -141,14 +146,13 @@ class Checkpoints:
 
     def _finish(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
         state["files"] = {f.name: f.stat().st_size for f in sorted(partial.iterdir())}
-        with open(partial / _STATE, "w") as file:
-            json.dump(state, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        atomic_write_text(partial / _STATE, json.dumps(state, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.path(old), ignore_errors=True)
+        sync_folder(self.folder)
+        old = [self.path(step) for step in self.steps()[: -self.keep]]
+        for leftover in (*old, *self.folder.glob("step-*.partial")):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """Steps of the whole checkpoints, oldest first."""
@@ -178,13 +182,14 @@ def read_state(path: Path | str) -> dict[str, Any]:
     path = Path(path)
     try:
         state: dict[str, Any] = json.loads((path / _STATE).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from None
-    for name, size in state["files"].items():
+        files = dict(state["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a whole checkpoint: {error!r}") from None
+    for name, size in files.items():
         found = (path / name).stat().st_size if (path / name).exists() else None
         if found != size:
             what = "is missing" if found is None else f"has {found} bytes"
-            raise CheckpointError(f"{path / name} {what}; the checkpoint was saved with {size} bytes")
+            raise CheckpointError(f"{path / name} {what}; it was saved with {size} bytes")
     return state
 
 
@@ -196,17 +201,26 @@ def load_parts(path: Path | str, parts: Mapping[str, Any]) -> None:
     """
     read_state(path)
     try:
-        dcp.load(
-            dict(parts),
-            checkpoint_id=path,
-            planner=_LoadPlanner(),
-            no_dist=not dist.is_initialized(),
-        )
-    except (RuntimeError, ValueError, OSError, dcp.CheckpointException) as error:
-        cause = error
-        if isinstance(error, dcp.CheckpointException) and error.failures:
+        with _alone_is_fine():
+            load(
+                dict(parts),
+                checkpoint_id=path,
+                planner=_LoadPlanner(),
+                no_dist=not dist.is_initialized(),
+            )
+    except (RuntimeError, ValueError, OSError, CheckpointException) as error:
+        cause: BaseException = error
+        if isinstance(error, CheckpointException) and error.failures:
             cause = next(iter(error.failures.values()))[0]
         raise CheckpointError(f"{path} cannot be loaded into this model: {cause}") from error
+
+
+@contextmanager
+def _alone_is_fine() -> Iterator[None]:
+    """Keep torch from warning that there is one process where one is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _rank() -> int:

@@ -30,11 +30,15 @@ from fivefold.parallel_core.topology import Axis
 class Declared:
     """What a collective takes, gives and costs.
 
+    Costs are formulas of the bytes one rank sends, t ranks and n bytes of the whole tensor. Where
+    ranks hold unequal numbers of rows, own and others are the bytes of this rank's rows and of the
+    other ranks', sent and received those that go to and come from other ranks.
+
     Attributes:
         source: how the input lies along the axis.
         result: how the output lies along the axis.
-        forward: formula of the bytes one rank sends, of n bytes of the whole tensor on t ranks.
-        backward: the same for the backward pass.
+        forward: cost of the forward pass.
+        backward: cost of the backward pass.
     """
 
     source: str
@@ -44,7 +48,7 @@ class Declared:
 
 
 _RING, _TWICE = "(t-1)/t*n", "2*(t-1)/t*n"
-_ROWS = "bytes of the rows for other ranks"
+_TO_ALL, _FROM_ALL = "(t-1)*own", "others"
 
 DECLARED: dict[str, Declared] = {
     "copy": Declared("invariant", "replicate", "0", _TWICE),
@@ -53,9 +57,9 @@ DECLARED: dict[str, Declared] = {
     "reduce_scatter": Declared("partial", "shard", _RING, _RING),
     "gather": Declared("shard", "invariant", _RING, "0"),
     "split": Declared("invariant", "shard", "0", _RING),
-    "all_to_all": Declared("shard", "shard", _ROWS, _ROWS),
-    "all_gather_v": Declared("shard", "replicate", "(t-1) * own rows", "rows of the others"),
-    "reduce_scatter_v": Declared("partial", "shard", "rows of the others", "(t-1) * own rows"),
+    "all_to_all": Declared("shard", "shard", "sent", "received"),
+    "all_gather_v": Declared("shard", "replicate", _TO_ALL, _FROM_ALL),
+    "reduce_scatter_v": Declared("partial", "shard", _FROM_ALL, _TO_ALL),
 }
 
 
@@ -128,7 +132,7 @@ def exchange_rows(
 def gather_rows(x: Tensor, sizes: Sequence[int], axis: Axis) -> Tensor:
     """All-gather of ``sizes[r]`` rows from each rank r."""
     # gloo has no all-gather of uneven pieces; an all-to-all that sends one piece to all is one.
-    repeated = x.detach().expand(axis.size, *x.shape).reshape(-1, *x.shape[1:])
+    repeated = x.detach().expand(axis.size, *x.shape).flatten(0, 1)
     return exchange_rows(repeated, sizes, [x.shape[0]] * axis.size, axis)
 
 
@@ -212,12 +216,12 @@ class _AllToAll(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, output_splits: list[int], input_splits: list[int], axis: Axis
     ) -> Tensor:
-        ctx.splits, ctx.axis = (input_splits, output_splits), axis
+        ctx.sent, ctx.received, ctx.axis = input_splits, output_splits, axis
         return exchange_rows(x, output_splits, input_splits, axis)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return exchange_rows(grads[0], *ctx.splits, ctx.axis), None, None, None
+        return exchange_rows(grads[0], ctx.sent, ctx.received, ctx.axis), None, None, None
 
 
 class _AllGatherV(torch.autograd.Function):

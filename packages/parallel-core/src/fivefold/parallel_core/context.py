@@ -13,7 +13,8 @@ class GatheredContext(nn.Module):
     """An attention core whose queries are this rank's part of the sequence.
 
     Keys and values of all ranks are gathered (and their gradients reduce-scattered); every rank
-    attends from its own queries. Pieces are contiguous: rank r holds positions [r·S/cp, (r+1)·S/cp).
+    attends from its own queries. Pieces are contiguous: of a sequence of S tokens rank r holds the
+    positions from r·S/cp to (r+1)·S/cp - 1.
 
     Args:
         core: called as ``core(q, k, v, query_start=...)``.

@@ -1,6 +1,6 @@
 """Data parallelism on FSDP2, with shard groups of their own for dense and expert parameters."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,7 +61,7 @@ def shard_data(
     experts = [
         (name, module)
         for name, module in model.named_modules()
-        if any(table[f"{name}.{p}"].data == "edp" for p, _ in module.named_parameters(recurse=False))
+        if any(table[f"{name}.{key}"].data == "edp" for key, _ in _own_parameters(module))
     ]
     if not mixed and topology.size("dp-cp") == 1 and (not experts or topology.size("edp") == 1):
         return
@@ -96,9 +96,23 @@ def shard_data(
             module.set_force_sum_reduction_for_comms(True)
 
 
+def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return module.named_parameters(recurse=False)
+
+
 def _dim_to_shard(shape: torch.Size, size: int) -> int:
     """The first dim that divides evenly; dim 0, padded, where none does."""
     return next((dim for dim, n in enumerate(shape) if n % size == 0 and n > 0), 0)
+
+
+def free_gathered(model: nn.Module) -> None:
+    """Free the whole parameters that forward without backward leaves behind.
+
+    They are copies, which would not follow a later change of the parameters.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def synchronise_last(model: nn.Module, last: bool) -> None:

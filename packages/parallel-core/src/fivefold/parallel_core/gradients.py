@@ -23,7 +23,7 @@ def sum_partial(pieces: list[Piece], topology: Topology) -> None:
     batches: dict[tuple[str, torch.dtype], list[Tensor]] = defaultdict(list)
     for piece in pieces:
         for axis in piece.placement.partial:
-            if topology.size(axis) > 1 and piece.local.numel():
+            if topology.size(axis) > 1 and piece.parameter.requires_grad and piece.local.numel():
                 grad = _gradient_of(piece)
                 batches[axis, grad.dtype].append(grad)
     for (name, _), grads in batches.items():
@@ -54,14 +54,10 @@ def global_norm(pieces: list[Piece], topology: Topology) -> Tensor:
     Returns:
         A float64 scalar, the same on every rank.
     """
-    squares = [
-        torch.linalg.vector_norm(piece.grad).double().square()
-        for piece in pieces
-        if piece.counted and piece.grad is not None
-    ]
-    device = topology.device
-    total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
-    total = total.to(device)
+    total = torch.zeros((), dtype=torch.float64, device=topology.device)
+    for piece in pieces:
+        if piece.counted and piece.grad is not None:
+            total += torch.linalg.vector_norm(piece.grad).double().square()
     if topology.world.group is not None:
         with labelled("world"):
             dist.all_reduce(total, group=topology.world.group)
@@ -71,5 +67,6 @@ def global_norm(pieces: list[Piece], topology: Topology) -> Tensor:
 def clip(pieces: list[Piece], norm: Tensor, limit: float) -> None:
     """Scale every gradient by min(1, limit / norm), in place."""
     factor = min(1.0, limit / max(float(norm), 1e-30))
-    if factor < 1.0:
-        torch._foreach_mul_([piece.grad for piece in pieces if piece.grad is not None], factor)
+    grads = [piece.grad for piece in pieces if piece.grad is not None]
+    if factor < 1.0 and grads:
+        torch._foreach_mul_(grads, factor)

@@ -87,10 +87,10 @@ _COLLECTIVES: dict[str, tuple[str, Callable[[tuple[Any, ...], int], float]]] = {
 class CommLedger(TorchDispatchMode):
     """Counts calls and bytes per collective and axis while it is entered.
 
-    Everything that goes through ``torch.distributed`` is seen: this package's collectives, FSDP's
-    and the pipeline's messages. Bytes are what one rank sends with ring algorithms, t ranks and n
-    bytes of the full tensor (arXiv 2205.05198, section 4.2.2): all-reduce 2(t-1)/t·n, all-gather
-    and reduce-scatter (t-1)/t·n, all-to-all the rows for other ranks, send n.
+    This package's collectives are seen, FSDP's, and the pipeline's messages. Bytes are what one
+    rank sends with ring algorithms, t ranks and n bytes of the full tensor (arXiv 2205.05198,
+    section 4.2.2): all-reduce 2(t-1)/t·n, all-gather and reduce-scatter (t-1)/t·n, all-to-all the
+    rows for other ranks, send n.
 
     Example:
         >>> with CommLedger(topology) as ledger:      # doctest: +SKIP
@@ -127,8 +127,7 @@ class CommLedger(TorchDispatchMode):
         if op not in _COLLECTIVES:
             return
         name, cost = _COLLECTIVES[op]
-        group = next(a for a in args if isinstance(a, torch.ScriptObject))
-        group = dist.ProcessGroup.unbox(group)
+        group = dist.ProcessGroup.unbox(next(a for a in args if isinstance(a, torch.ScriptObject)))
         axis, size = self._sizes.get(group.group_name, ("other", group.size()))
         entry = self.entries[name, _labels[-1] if _labels else axis]
         entry.calls += 1

@@ -23,7 +23,9 @@ class LinearGroup(nn.Module):
         super().__init__()
         widths = {name: linear.in_features for name, linear in linears.items()}
         if len(set(widths.values())) != 1:
-            raise ValueError(f"LinearGroup reads one input; found in_features {widths}, they must be equal")
+            raise ValueError(
+                f"LinearGroup reads one input; found in_features {widths}, they must be equal"
+            )
         for name, linear in linears.items():
             self.add_module(name, linear)
 

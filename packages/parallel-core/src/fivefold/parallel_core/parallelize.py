@@ -60,15 +60,36 @@ def tie(model: nn.Module) -> None:
         method()
 
 
+def check_plan(model: nn.Module, plan: Plan) -> None:
+    """Check that every pattern of a plan names a module of the whole ``model``.
+
+    A seam under a wrong name would else keep the implementation for one device.
+
+    Raises:
+        ConfigError: a pattern that names none.
+    """
+    names = [name for name, _ in model.named_modules()]
+    idle = [p for p, regex in _compiled(plan).items() if not any(map(regex.fullmatch, names))]
+    if idle:
+        raise ConfigError(
+            f"the plan's pattern(s) {', '.join(idle)} name no module of {type(model).__name__}"
+        )
+
+
+def _compiled(plan: Plan) -> dict[str, re.Pattern[str]]:
+    return {pattern: re.compile(re.escape(pattern).replace(r"\*", "[^.]+")) for pattern in plan}
+
+
 def _matches(model: nn.Module, plan: Plan) -> list[tuple[str, Style]]:
-    patterns = {
-        pattern: re.compile(re.escape(pattern).replace(r"\*", "[^.]+")) for pattern in plan
-    }
+    patterns = _compiled(plan)
     found = []
     for name, _ in model.named_modules():
         hits = [pattern for pattern, regex in patterns.items() if regex.fullmatch(name)]
         if len(hits) > 1:
-            raise ConfigError(f"module {name!r} falls under {len(hits)} patterns: {', '.join(hits)}")
+            raise ConfigError(
+                f"module {name!r} falls under {len(hits)} patterns of the plan: "
+                f"{', '.join(hits)}; it needs one"
+            )
         if hits:
             found.append((name, plan[hits[0]]))
     return found

@@ -97,9 +97,8 @@ class Piece:
 
 def local_values(tensor: Tensor) -> Tensor:
     """The plain local tensor of a parameter or gradient, detached and sharing its memory."""
-    if isinstance(tensor, DTensor):
-        return tensor.detach().to_local()
-    return tensor.detach()
+    local: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.detach()
 
 
 class ParameterTable(Mapping[str, Placement]):
@@ -174,9 +173,7 @@ class ParameterTable(Mapping[str, Placement]):
         return Piece(name, parameter, box, placement, counted)
 
 
-def initialise(
-    pieces: list[Piece], rule: Callable[[str], tuple[str, float]], seed: int
-) -> None:
+def initialise(pieces: list[Piece], rule: Callable[[str], tuple[str, float]], seed: int) -> None:
     """Fill every parameter so that the whole model does not depend on the layout.
 
     Each block of a parameter is drawn from a generator seeded by (seed, name, block), whoever
@@ -215,9 +212,7 @@ def _fill_normal(piece: Piece, std: float, seed: int) -> None:
         _fill_matrix(target[index], (rows, (piece.shape + column)[-1]), box, std, key)
 
 
-def _fill_matrix(
-    target: Tensor, shape: tuple[int, int], box: Box, std: float, key: str
-) -> None:
+def _fill_matrix(target: Tensor, shape: tuple[int, int], box: Box, std: float, key: str) -> None:
     """Draw the blocks of rows that the box's last two dims touch, and keep what is in the box."""
     rows, columns = shape
     height = max(1, _BLOCK // columns)
@@ -233,4 +228,6 @@ def _fill_matrix(
 def _draw(shape: tuple[int, int], std: float, key: str) -> Tensor:
     seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest())
     generator = torch.Generator().manual_seed(seed)
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    # In one dtype on one device, whatever the defaults: the values are the model's, not the run's.
+    drawn = torch.empty(shape, dtype=torch.float32, device="cpu")
+    return drawn.normal_(0.0, std, generator=generator)

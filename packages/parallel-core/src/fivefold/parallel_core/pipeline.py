@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 
 from fivefold.parallel_core.config import Config
-from fivefold.parallel_core.data_parallel import synchronise_last
+from fivefold.parallel_core.data_parallel import free_gathered, synchronise_last
 from fivefold.parallel_core.errors import ConfigError
 from fivefold.parallel_core.topology import Topology
 
@@ -72,7 +73,7 @@ def deal_layers(num_layers: int, num_stages: int) -> list[range]:
         )
     least, more = divmod(num_layers, num_stages)
     starts = [stage * least + min(stage, more) for stage in range(num_stages + 1)]
-    return [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+    return [range(first, stop) for first, stop in pairwise(starts)]
 
 
 def keep_stage(
@@ -150,7 +151,9 @@ class LocalRunner(Runner):
         """See ``Runner.evaluate``."""
         with torch.no_grad():
             pairs = zip(self._parts(inputs), self._parts(targets), strict=True)
-            return torch.stack([self._loss(x, y) for x, y in pairs]).sum()
+            total = torch.stack([self._loss(x, y) for x, y in pairs]).sum()
+        free_gathered(self.model)
+        return total
 
     def _parts(self, batch: Tensor) -> tuple[Tensor, ...]:
         return batch.chunk(self.num_microbatches)
@@ -215,7 +218,7 @@ class PipelineRunner(Runner):
         def example(shape: tuple[int, ...]) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
 
-        stages = []
+        stages: list[Any] = []
         for i, part in enumerate(parts):
             index = pp.rank + i * pp.size
             first, last = index == 0, index == num_stages - 1
@@ -254,7 +257,10 @@ class PipelineRunner(Runner):
         """See ``Runner.evaluate``."""
         self._scale = 1.0
         with torch.no_grad():
-            return self._run(self.schedule.eval, inputs, targets)
+            total = self._run(self.schedule.eval, inputs, targets)
+        for part in self._parts:
+            free_gathered(part)
+        return total
 
     def _run(self, step: Any, inputs: Tensor, targets: Tensor) -> Tensor:
         losses: list[Tensor] = []

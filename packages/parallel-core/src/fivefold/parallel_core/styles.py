@@ -8,6 +8,7 @@ parameter it touches in the table.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -25,6 +26,8 @@ from fivefold.parallel_core.tensor_parallel import (
 )
 from fivefold.parallel_core.topology import Axis
 
+M = TypeVar("M", bound=nn.Module)
+
 
 class Style(ABC):
     """One way to lay a module over the ranks."""
@@ -37,12 +40,13 @@ class Style(ABC):
             ConfigError: the module is not of a kind this style knows, or does not divide.
         """
 
-    def _expect(self, module: nn.Module, name: str, *kinds: type[nn.Module]) -> None:
+    def _expect(self, module: nn.Module, name: str, *kinds: type[M]) -> M:
         if not isinstance(module, kinds):
             known = " or ".join(kind.__name__ for kind in kinds)
             raise ConfigError(
                 f"{type(self).__name__} at {name!r} needs a {known}, found {type(module).__name__}"
             )
+        return module
 
 
 Plan = Mapping[str, Style]
@@ -63,9 +67,9 @@ def shard_parameter(
         axis = table.topology.axis(axis_name)
         if local.shape[dim] % axis.size:
             raise ConfigError(
-                f"{prefix}.{name} of shape {tuple(parameter.shape)}: dim {dim} of {local.shape[dim]} "
-                f"cannot be split over {axis.name} of {axis.size} ranks; choose a divisor of "
-                f"{local.shape[dim]}"
+                f"{prefix}.{name} of shape {tuple(parameter.shape)}: dim {dim} of "
+                f"{local.shape[dim]} cannot be split over {axis.name} of {axis.size} ranks; choose "
+                f"a divisor of {local.shape[dim]}"
             )
         size = piece_size(local.shape[dim], axis)
         local = local.narrow(dim, axis.rank * size, size)
@@ -157,8 +161,8 @@ class RowParallel(Style):
 
 def pad_rows(parameter: nn.Parameter, multiple: int) -> nn.Parameter:
     """The parameter with zero rows added until they are a multiple of ``multiple``."""
-    rows = -parameter.shape[0] % multiple
-    padded = nn.functional.pad(parameter.detach(), (0, 0, 0, rows))
+    missing = -parameter.shape[0] % multiple
+    padded = nn.functional.pad(parameter.detach(), (0, 0) * (parameter.dim() - 1) + (0, missing))
     return nn.Parameter(padded, requires_grad=parameter.requires_grad)
 
 
@@ -175,15 +179,27 @@ class VocabParallel(Style):
     multiple: int = 1
 
     def apply(self, module: nn.Module, name: str, table: ParameterTable) -> nn.Module:
-        """Pad and split the weight's rows."""
+        """Pad and split the weight's rows and the bias."""
         self._expect(module, name, nn.Linear, nn.Embedding)
         axis = table.topology.axis(self.axis)
-        whole = module.get_parameter("weight")
-        module.weight = pad_rows(whole, axis.size * self.multiple)
-        shard_parameter(module, name, "weight", table, _placement(whole, ((0, self.axis),)))
+        for key, whole in list(module.named_parameters()):
+            setattr(module, key, pad_rows(whole, axis.size * self.multiple))
+            shard_parameter(module, name, key, table, _placement(whole, ((0, self.axis),)))
         if isinstance(module, nn.Embedding):
-            return VocabParallelEmbedding(module.weight, axis, self.sequence)
+            _check_options(module, name)
+            return VocabParallelEmbedding(module.get_parameter("weight"), axis, self.sequence)
         return ColumnParallelLinears.of(module, axis, self.sequence)
+
+
+def _check_options(embedding: nn.Embedding, name: str) -> None:
+    """Refuse what the parallel embedding would leave out."""
+    for option in ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse"):
+        value = getattr(embedding, option)
+        if value is not None and value is not False:
+            raise ConfigError(
+                f"VocabParallel at {name!r}: the embedding has {option}={value}, which only "
+                "torch's own embedding knows; make it without"
+            )
 
 
 @dataclass(frozen=True)
@@ -199,9 +215,8 @@ class VocabParallelLoss(Style):
 
     def apply(self, module: nn.Module, name: str, table: ParameterTable) -> nn.Module:
         """Swap the loss."""
-        self._expect(module, name, CrossEntropy)
-        axis = table.topology.axis(self.axis)
-        return VocabParallelCrossEntropy.of(module, axis, self.vocab_size)
+        loss = self._expect(module, name, CrossEntropy)
+        return VocabParallelCrossEntropy.of(loss, table.topology.axis(self.axis), self.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -247,4 +262,3 @@ class SumOver(Style):
         """Swap the identity."""
         self._expect(module, name, nn.Identity)
         return _SumOver(table.topology.axis(self.axis))
-

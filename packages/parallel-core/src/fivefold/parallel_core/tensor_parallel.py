@@ -79,7 +79,7 @@ class ColumnParallelLinears(nn.Module):
         single = not isinstance(module, LinearGroup)
         parallel = cls(axis, sequence, single)
         if single:
-            parallel.weight, parallel.bias = module.weight, getattr(module, "bias", None)
+            parallel.weight, parallel.bias = module.weight, module.bias
         else:
             for name, linear in module.named_children():
                 parallel.add_module(name, linear)
@@ -114,7 +114,10 @@ class RowParallelLinear(nn.Module):
         return cls(module.get_parameter("weight"), module.bias, axis, sequence)  # type: ignore[arg-type]
 
     def forward(self, x_bsi: Tensor) -> Tensor:
-        """(B, S, i) of this rank's features to (B, S/tp, o) under sequence parallelism, else whole."""
+        """(B, S, i) of this rank's features to (B, S/tp, o) under sequence parallelism.
+
+        Without it, to (B, S, o), the same on every rank.
+        """
         y = F.linear(x_bsi, self.weight)
         y = reduce_scatter(y, self.axis, 1) if self.sequence else all_reduce(y, self.axis)
         return y if self.bias is None else y + self.bias
@@ -133,7 +136,9 @@ class VocabParallelEmbedding(nn.Module):
         local = ids_bs - self.axis.rank * rows
         mine = (local >= 0) & (local < rows)
         x_bsh = F.embedding(local.clamp(0, rows - 1), self.weight) * mine.unsqueeze(-1)
-        return reduce_scatter(x_bsh, self.axis, 1) if self.sequence else all_reduce(x_bsh, self.axis)
+        if self.sequence:
+            return reduce_scatter(x_bsh, self.axis, 1)
+        return all_reduce(x_bsh, self.axis)
 
 
 class _VocabCrossEntropy(torch.autograd.Function):
@@ -164,13 +169,15 @@ class _VocabCrossEntropy(torch.autograd.Function):
         local = targets_n - first
         mine = (local >= 0) & (local < true)
         local = local.clamp(0, max(true - 1, 0))
-        picked = z.gather(1, local.unsqueeze(1)).squeeze(1) * mine
+        # Not a product with `mine`: what is not ours may be infinite, or NaN in the padding.
+        picked = torch.where(mine, z.gather(1, local.unsqueeze(1)).squeeze(1), 0.0)
         exp = z.exp()
         exp[:, true:] = 0
         sums = sum_over(torch.stack((exp.sum(1), picked, z[:, :true].sum(1))), axis)
-        log_total = sums[0].log()
         valid = targets_n != ignore_index
-        loss = log_total - (1 - smoothing) * sums[1] - smoothing / vocab_size * sums[2]
+        loss = sums[0].log() - (1 - smoothing) * sums[1]
+        if smoothing:
+            loss = loss - smoothing / vocab_size * sums[2]
         exp.div_(sums[0].unsqueeze(1))
         ctx.save_for_backward(exp, local, mine, valid)
         ctx.constants = (smoothing, vocab_size, true, logits_nv.dtype)
@@ -183,7 +190,8 @@ class _VocabCrossEntropy(torch.autograd.Function):
         grad = softmax.clone()
         if smoothing:
             grad[:, :true] -= smoothing / vocab_size
-        grad.scatter_add_(1, local.unsqueeze(1), ((smoothing - 1) * mine).to(grad.dtype).unsqueeze(1))
+        target = mine.to(grad.dtype) * (smoothing - 1)
+        grad.scatter_add_(1, local.unsqueeze(1), target.unsqueeze(1))
         grad *= (grads[0] * valid).unsqueeze(1)
         return grad.to(dtype), None, None, None, None, None
 
@@ -212,4 +220,3 @@ class VocabParallelCrossEntropy(CrossEntropy):
             self.ignore_index,
             self.label_smoothing,
         ).sum()
-

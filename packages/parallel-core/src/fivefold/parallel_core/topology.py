@@ -62,6 +62,8 @@ class Topology:
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._meshes: dict[tuple[int, ...], DeviceMesh] = {}
         self._axes = {name: self._make_axis(name) for name in AXES}
+        if found > 1:
+            self._group((self.world_rank,))  # `mesh` may want it later, and then it is too late
 
     @classmethod
     def local(cls, device: torch.device | str = "cpu") -> "Topology":
@@ -78,8 +80,14 @@ class Topology:
         return Axis(name, len(ranks), ranks.index(self.world_rank), ranks, group)
 
     def _group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+        world = dist.group.WORLD
+        if world is None:
+            raise LayoutError(
+                "this process is in no process group, which FSDP needs even for one rank (also to "
+                "compute in another dtype than it stores); start it with launch() or torchrun"
+            )
         if len(ranks) == self.layout.world_size:
-            return dist.group.WORLD
+            return world
         if ranks not in self._groups:
             # Only members take part, so the cost on a rank is its own few groups, not the world's.
             self._groups[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
@@ -92,7 +100,8 @@ class Topology:
             LayoutError: no such axis.
         """
         if name not in self._axes:
-            raise LayoutError(f"no axis {name!r} in this topology; there are {', '.join(self._axes)}")
+            legal = ", ".join(self._axes)
+            raise LayoutError(f"no axis {name!r} in this topology; there are {legal}")
         return self._axes[name]
 
     def group(self, name: str) -> dist.ProcessGroup | None:
@@ -108,18 +117,17 @@ class Topology:
         return self.axis(name).size
 
     def mesh(self, name: str) -> DeviceMesh:
-        """A one-dimensional device mesh over an axis, on the same group; what FSDP2 asks for."""
-        axis = self.axis(name)
-        if axis.ranks not in self._meshes:
-            if axis.group is None:
-                # FSDP2 wants a real group even for one rank; every rank is in exactly one such.
-                group = self._group(axis.ranks)
-            else:
-                group = axis.group
-            self._meshes[axis.ranks] = DeviceMesh.from_group(
-                group, self.device.type, mesh_dim_names=(name,)
+        """A one-dimensional device mesh over an axis, on the same group; what FSDP2 asks for.
+
+        Raises:
+            LayoutError: no such axis, or this process is in no process group.
+        """
+        ranks = self.axis(name).ranks
+        if ranks not in self._meshes:
+            self._meshes[ranks] = DeviceMesh.from_group(
+                self._group(ranks), self.device.type, mesh_dim_names=(name,)
             )
-        return self._meshes[axis.ranks]
+        return self._meshes[ranks]
 
     @property
     def world(self) -> Axis:

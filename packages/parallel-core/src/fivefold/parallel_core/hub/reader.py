@@ -31,8 +31,10 @@ class SafetensorsReader:
     Raises:
         CheckpointError: the folder, the files or a shard of the index is missing.
 
-    >>> with SafetensorsReader("checkpoint") as reader:      # doctest: +SKIP
-    ...     rows = reader.read("lm_head.weight", (slice(0, 128), slice(None)))
+    Example::
+
+        with SafetensorsReader("checkpoint") as reader:
+            rows = reader.read("lm_head.weight", (slice(0, 128), slice(None)))
     """
 
     def __init__(self, folder: str | Path):

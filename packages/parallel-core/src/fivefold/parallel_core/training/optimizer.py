@@ -46,12 +46,11 @@ class ShardedAdamW:
     def __init__(self, pieces: list[Piece], config: AdamWConfig):
         # Plain local tensors: stepping on DTensors costs a dispatch for every operation.
         self._held = [(piece, piece.local) for piece in pieces if piece.local.numel()]
-        groups = [
-            {"params": [t for p, t in self._held if decays(p)], "weight_decay": config.weight_decay},
-            {"params": [t for p, t in self._held if not decays(p)], "weight_decay": 0.0},
-        ]
+        matrices = [tensor for piece, tensor in self._held if decays(piece)]
+        others = [tensor for piece, tensor in self._held if not decays(piece)]
+        groups = [(matrices, config.weight_decay), (others, 0.0)]
         self._optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            [{"params": tensors, "weight_decay": w} for tensors, w in groups if tensors],
             lr=0.0,
             betas=config.betas,
             eps=config.eps,
@@ -75,7 +74,7 @@ class ShardedAdamW:
             tensor.grad = piece.parameter.grad = None
 
     def parts(self) -> dict[str, TensorPart]:
-        """Both moments of every piece, by ``exp_avg.<parameter>`` and ``exp_avg_sq.<parameter>``."""
+        """Both moments of every piece, as ``exp_avg.<name>`` and ``exp_avg_sq.<name>``."""
         return {
             f"{moment}.{piece.name}": part_of(piece, self._optimizer.state[tensor][moment])
             for piece, tensor in self._held
