@@ -1,11 +1,13 @@
 """The parent's view of forked ranks: start them, watch them, read from them, end them."""
 
 import contextlib
+import fcntl
 import multiprocessing
 import os
 import pickle
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import warnings
@@ -54,8 +56,7 @@ class ForkedRank:
         self.failure: Failure | None = None
         self._message = bytearray()
         self._at_end = False
-        self.pipe, write_end = os.pipe()
-        os.set_blocking(self.pipe, False)
+        self.pipe, write_end = _wide_pipe()
         context = multiprocessing.get_context("fork")
         self.process: ForkProcess = context.Process(
             target=run_rank, args=(number, job, origin, write_end, fn, args), name=self.name
@@ -160,6 +161,19 @@ def _signal_name(signum: int) -> str:
         return signal.Signals(signum).name
     except ValueError:
         return "no name"
+
+
+def _wide_pipe() -> tuple[int, int]:
+    """A pipe that is read without blocking and holds 1 MiB where the system lets it.
+
+    The usual 64 KiB would cost a large result one switch between processes each.
+    """
+    read_end, write_end = os.pipe()
+    os.set_blocking(read_end, False)
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # beyond what this user may have
+            fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, _CHUNK)
+    return read_end, write_end
 
 
 def _start(process: ForkProcess) -> None:

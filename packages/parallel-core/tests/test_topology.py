@@ -1,0 +1,153 @@
+"""Groups at run time, in one job of 8 ranks that goes through many layouts."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fivefold.parallel_core.launch import launch
+from fivefold.parallel_core.layout import Layout, LayoutError
+from fivefold.parallel_core.topology import AXES, Topology
+
+DEGREES = [
+    {},
+    {"tp": 2},
+    {"tp": 2, "cp": 2, "pp": 2},
+    {"tp": 2, "cp": 2, "ep": 4},
+    {"tp": 2, "cp": 2, "ep": 2, "etp": 2, "pp": 2},
+    {"ep": 8},
+    {"pp": 8},
+    {"tp": 4, "pp": 2, "etp": 2, "ep": 2},
+    {"tp": 2, "pp": 2, "order": "tp-pp-cp-ep-dp"},
+]
+
+
+@dataclass
+class Seen:
+    """What one rank found in one layout."""
+
+    ranks: dict[str, tuple[int, ...]]
+    indices: dict[str, int]
+    group_ranks: dict[str, list[int] | None]
+    group_ids: dict[str, int | None]
+    sums: dict[str, float]
+    num_new_groups: int
+    meshes_share: bool
+
+
+def look(degrees: dict[str, int]) -> Seen:
+    layout = Layout(8, **degrees)
+    before = len(dist.distributed_c10d._world.pg_names)
+    topology = Topology(layout)
+    num_new_groups = len(dist.distributed_c10d._world.pg_names) - before
+    axes = {name: topology.axis(name) for name in AXES}
+    # The last ranks ask for a mesh that the first do not: later groups must not notice.
+    if topology.world_rank > 4:
+        topology.mesh(next((name for name, axis in axes.items() if axis.size == 1), "tp"))
+    sums = {}
+    for name, axis in axes.items():
+        total = torch.tensor([float(topology.world_rank)])
+        if axis.group is not None:
+            dist.all_reduce(total, group=axis.group)
+        sums[name] = total.item()
+    return Seen(
+        ranks={name: axis.ranks for name, axis in axes.items()},
+        indices={name: axis.rank for name, axis in axes.items()},
+        group_ranks={
+            name: axis.group and dist.get_process_group_ranks(axis.group)
+            for name, axis in axes.items()
+        },
+        group_ids={name: axis.group and id(axis.group) for name, axis in axes.items()},
+        sums=sums,
+        num_new_groups=num_new_groups,
+        meshes_share=all(
+            topology.mesh(name).get_group() is axis.group
+            and topology.mesh(name) is topology.mesh(name)
+            for name, axis in axes.items()
+            if axis.group is not None
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def job() -> list[list[Seen]]:
+    """For every layout what each rank saw."""
+
+    def run() -> list[Seen]:
+        return [look(degrees) for degrees in DEGREES]
+
+    return [list(seen) for seen in zip(*launch(run, 8, timeout=120), strict=True)]
+
+
+@pytest.mark.parametrize("index", range(len(DEGREES)), ids=[str(d) for d in DEGREES])
+class TestEveryLayout:
+    def test_axes_are_the_layouts_and_their_groups_really_meet(
+        self, job: list[list[Seen]], index: int
+    ) -> None:
+        layout = Layout(8, **DEGREES[index])
+        for rank, seen in enumerate(job[index]):
+            for name in AXES:
+                members = layout.group_of(name, rank)
+                assert seen.ranks[name] == members
+                assert members[seen.indices[name]] == rank
+                assert seen.sums[name] == sum(members), name
+                wanted = list(members) if len(members) > 1 else None
+                assert seen.group_ranks[name] == wanted, "no group where nothing is sent"
+
+    def test_axes_with_equal_members_share_one_group(
+        self, job: list[list[Seen]], index: int
+    ) -> None:
+        for seen in job[index]:
+            by_members: dict[tuple[int, ...], set[int | None]] = {}
+            for name in AXES:
+                by_members.setdefault(seen.ranks[name], set()).add(seen.group_ids[name])
+            assert all(len(ids) == 1 for ids in by_members.values()), by_members
+
+    def test_groups_of_a_rank_are_few_and_their_number_is_the_same_everywhere(
+        self, job: list[list[Seen]], index: int
+    ) -> None:
+        for seen in job[index]:
+            members = {ranks for ranks in seen.ranks.values() if 1 < len(ranks) < 8}
+            assert seen.num_new_groups == len(members) + 1  # and one of its own, for FSDP
+        assert job[index][0].num_new_groups <= len(AXES) + 1
+        assert len({seen.num_new_groups for seen in job[index]}) == 1
+
+    def test_meshes_stand_on_the_same_groups(self, job: list[list[Seen]], index: int) -> None:
+        assert all(seen.meshes_share for seen in job[index])
+
+
+def test_both_views_share_the_pipeline_and_folded_axes(job: list[list[Seen]]) -> None:
+    index = DEGREES.index({"tp": 2, "cp": 2, "ep": 4})
+    for seen in job[index]:
+        assert seen.group_ids["ep"] == seen.group_ids["tp-cp"] == seen.group_ids["etp-ep"]
+        assert seen.group_ids["edp"] == seen.group_ids["dp"]
+
+
+def test_all_ranks_use_the_group_of_the_world(job: list[list[Seen]]) -> None:
+    assert job[DEGREES.index({"ep": 8})][0].num_new_groups == 1
+
+
+def test_a_job_of_another_size_is_refused_with_both_numbers() -> None:
+    with pytest.raises(LayoutError, match=r"for 4 ranks, but the job has 1; start the job with 4"):
+        Topology(Layout(4))
+
+
+def test_local_needs_no_process_group() -> None:
+    topology = Topology.local()
+    assert not dist.is_initialized()
+    for name in AXES:
+        axis = topology.axis(name)
+        assert (axis.size, axis.rank, axis.ranks, axis.group) == (1, 0, (0,), None)
+        assert (topology.size(name), topology.rank(name), topology.group(name)) == (1, 0, None)
+    assert (topology.world.size, topology.world.group) == (1, None)
+
+
+def test_an_unknown_axis_is_refused_with_the_legal_ones() -> None:
+    with pytest.raises(LayoutError, match=r"no axis 'tp-pp'.*there are tp, cp, dp"):
+        Topology.local().axis("tp-pp")
+
+
+def test_a_mesh_without_a_process_group_says_how_to_get_one() -> None:
+    with pytest.raises(LayoutError, match=r"no process group.*launch\(\)"):
+        Topology.local().mesh("dp-cp")
