@@ -243,7 +243,9 @@ def parallel_run(job: Job, steps: int = 3) -> Record:
 def distances(job: Job, run: Record, reference: Record) -> Iterator[tuple[str, float]]:
     """Relative distance of every scalar and of every tensor on this rank from the reference."""
     for kind in ("losses", "side_losses", "norms"):
-        for step, (a, b) in enumerate(zip(getattr(run, kind), getattr(reference, kind), strict=True)):
+        for step, (a, b) in enumerate(
+            zip(getattr(run, kind), getattr(reference, kind), strict=True)
+        ):
             yield f"{kind}[{step}]", abs(a - b) / (abs(b) or 1.0)
     boxes = {piece.name: piece.box for piece in job.pieces}
     for kind in ("gradients", "parameters"):

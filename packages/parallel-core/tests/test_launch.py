@@ -47,7 +47,7 @@ def _wait_for_peers() -> None:
         time.sleep(0.01)
 
 
-def _until(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
+def _until(condition: Callable[[], bool], seconds: float = LONG / 2) -> bool:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -342,7 +342,7 @@ def _parent(body: Callable[[], object]) -> Iterator[tuple[int, Callable[[], str]
     process.start()
     assert process.pid is not None
     try:
-        yield process.pid, lambda: receive.recv() if receive.poll(LONG / 4) else "silence"
+        yield process.pid, lambda: receive.recv() if receive.poll(LONG / 2) else "silence"
     finally:
         process.kill()
         process.join()
@@ -453,7 +453,12 @@ class TestSignals:
 
 
 class TestNothingIsLeft:
-    def test_when_the_parent_is_killed(self, tmp_path: Path) -> None:
+    def test_when_the_parent_is_killed(
+        self, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # Its folder stays: nobody is left who could remove it.
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
+        tmp_path = tmp_path_factory.mktemp("pids")
         with _parent(lambda: launch(_deaf, 3, tmp_path)) as (pid, _):
             assert _ready(tmp_path, 3)
             pids = [int(file.read_text()) for file in tmp_path.iterdir()]

@@ -12,14 +12,13 @@ from fivefold.parallel_core.topology import AXES, Topology
 
 DEGREES = [
     {},
-    {"tp": 2},
     {"tp": 2, "cp": 2, "pp": 2},
     {"tp": 2, "cp": 2, "ep": 4},
     {"tp": 2, "cp": 2, "ep": 2, "etp": 2, "pp": 2},
     {"ep": 8},
     {"pp": 8},
     {"tp": 4, "pp": 2, "etp": 2, "ep": 2},
-    {"tp": 2, "pp": 2, "order": "tp-pp-cp-ep-dp"},
+    {"tp": 2, "etp": 2, "pp": 2, "order": "tp-pp-cp-ep-dp"},
 ]
 
 
@@ -77,7 +76,7 @@ def job() -> list[list[Seen]]:
     def run() -> list[Seen]:
         return [look(degrees) for degrees in DEGREES]
 
-    return [list(seen) for seen in zip(*launch(run, 8, timeout=120), strict=True)]
+    return [list(seen) for seen in zip(*launch(run, 8, timeout=300), strict=True)]
 
 
 @pytest.mark.parametrize("index", range(len(DEGREES)), ids=[str(d) for d in DEGREES])

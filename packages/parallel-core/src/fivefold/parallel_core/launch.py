@@ -10,9 +10,7 @@ from typing import Any, TypeVar, TypeVarTuple
 import torch
 import torch.distributed as dist
 
-from fivefold.parallel_core._forked import forked_ranks
 from fivefold.parallel_core._rank import TORCHRUN, Job, identity, use_loopback
-from fivefold.parallel_core._supervise import Supervisor, counted_signals
 from fivefold.parallel_core.errors import ConfigError, ParallelError
 
 T = TypeVar("T")
@@ -65,6 +63,10 @@ def launch(
         SystemExit: the ranks ended because of SIGTERM; the status is 143.
     """
     _check(world_size, timeout, threads_per_rank, collective_timeout, init)
+    # Only now: these modules need what only a platform with fork has.
+    from fivefold.parallel_core._forked import forked_ranks
+    from fivefold.parallel_core._supervise import Supervisor, counted_signals
+
     job = Job(
         world_size=world_size,
         threads=threads_per_rank,

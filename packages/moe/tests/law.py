@@ -1,0 +1,259 @@
+"""The law of equality: training under a layout beside plain torch in one process."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from fivefold.moe import MoEConfig, MoEForCausalLM, sharding
+from fivefold.parallel_core.build import ParallelModel, build, make_runner
+from fivefold.parallel_core.data_parallel import Precision
+from fivefold.parallel_core.gradients import clip, global_norm, sum_partial
+from fivefold.parallel_core.layout import Layout
+from fivefold.parallel_core.parameters import ParameterTable, Piece, initialise
+from fivefold.parallel_core.pipeline import PipelineConfig, Runner
+from fivefold.parallel_core.topology import Topology
+from fivefold.parallel_core.training.optimizer import AdamWConfig, ShardedAdamW
+
+SEED, BATCH, LENGTH, STEPS = 7, 8, 16, 3
+CLIP, LEARNING_RATE = 0.5, 1e-2
+ADAMW = AdamWConfig()
+DOUBLE = Precision(parameters="float64", compute="float64")
+LOSSES = ("aux_loss", "z_loss")
+
+# The vocabulary divides by no axis, and there are fewer key heads than query heads.
+MODEL = MoEConfig(
+    vocab_size=37,
+    hidden_size=16,
+    num_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    expert_intermediate_size=16,
+    num_experts=8,
+    num_experts_per_token=2,
+    aux_loss_coef=0.1,
+    z_loss_coef=0.01,
+    initializer_range=0.3,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A layout of 8 ranks and what else differs.
+
+    Attributes:
+        degrees: of ``Layout``, as pairs.
+        model: configuration.
+        stages_per_rank: more than 1 is the interleaved schedule.
+        microbatch_size: sequences in a microbatch; there are as many as fill the batch.
+        precision: dtypes and resharding.
+    """
+
+    degrees: tuple[tuple[str, int | str], ...]
+    model: MoEConfig = MODEL
+    stages_per_rank: int = 1
+    microbatch_size: int = 1
+    precision: Precision = DOUBLE
+
+    def __str__(self) -> str:
+        words = [f"{name}={degree}" for name, degree in self.degrees] or ["data"]
+        default = MODEL.to_dict()
+        words += [f"{k}={v}" for k, v in self.model.to_dict().items() if v != default[k]]
+        words += [f"{self.stages_per_rank} stages"] * (self.stages_per_rank > 1)
+        words += [f"microbatch={self.microbatch_size}"] * (self.microbatch_size > 1)
+        words += [self.precision.compute] * (self.precision.compute != "float64")
+        words += ["reshard"] * self.precision.reshard_after_forward
+        return " ".join(words)
+
+
+@dataclass(kw_only=True)
+class Record:
+    """What a run leaves: scalars of every step, gradients of the first, parameters of the last."""
+
+    scalars: dict[str, float] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+
+    def note(self, step: int, loss: float, norm: float, side: Mapping[str, float]) -> None:
+        """Keep the scalars of a step."""
+        found = {"loss": loss, "norm": norm, **side}
+        self.scalars |= {f"{name}[{step}]": value for name, value in found.items()}
+
+
+def batch(vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Ids and targets (B, S); one sequence has no targets, another few, so ranks have unequally."""
+    generator = torch.Generator().manual_seed(1)
+    inputs, targets = torch.randint(0, vocab_size, (2, BATCH, LENGTH), generator=generator)
+    targets[0, :5] = targets[3, 2:] = targets[5] = -100
+    return inputs, targets
+
+
+def num_valid(targets: Tensor) -> int:
+    return int((targets != -100).sum())
+
+
+def plain_run(config: MoEConfig) -> Record:
+    """Train the whole model on the whole batch with torch's own loss, clipping and AdamW."""
+    model, record = MoEForCausalLM(config).double(), Record()
+    initialise(ParameterTable.of(model).pieces(model), model.initialisation, SEED)
+    parameters = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters.values() if p.dim() > 1]},
+            {"params": [p for p in parameters.values() if p.dim() == 1], "weight_decay": 0.0},
+        ],
+        lr=LEARNING_RATE,
+        betas=ADAMW.betas,
+        eps=ADAMW.eps,
+        weight_decay=ADAMW.weight_decay,
+    )
+    inputs, targets = batch(config.vocab_size)
+    model.side.weight = 1 / BATCH
+    for step in range(STEPS):
+        loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        loss.backward()
+        if step == 0:
+            record.gradients = {name: p.grad.clone() for name, p in parameters.items()}
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values()])
+        for parameter in parameters.values():
+            parameter.grad *= min(1.0, CLIP / norm.item())
+        optimizer.step()
+        optimizer.zero_grad()
+        totals = model.side.drain()
+        side = {name: totals[name].item() / BATCH for name in LOSSES}
+        record.note(step, loss.item(), norm.item(), side)
+    record.parameters = {name: p.detach().clone() for name, p in parameters.items()}
+    return record
+
+
+@dataclass(kw_only=True)
+class Job:
+    """The model laid over the ranks, ready to train."""
+
+    case: Case
+    topology: Topology
+    model: ParallelModel
+    runner: Runner
+    pieces: list[Piece]
+    optimizer: ShardedAdamW
+
+    def data(self) -> tuple[Tensor, Tensor]:
+        """This rank's ids and targets."""
+        dp, cp = self.topology.axis("dp"), self.topology.axis("cp")
+        inputs, targets = (
+            whole.chunk(dp.size)[dp.rank].chunk(cp.size, 1)[cp.rank].contiguous()
+            for whole in batch(self.case.model.vocab_size)
+        )
+        return inputs, targets
+
+    def run(self) -> Record:
+        """The same training as ``plain_run``; tensors are this rank's pieces."""
+        record, count = Record(), num_valid(batch(self.case.model.vocab_size)[1])
+        self.model.train()
+        for step in range(STEPS):
+            self.model.weigh_side_losses(1 / BATCH)
+            loss = self.runner.train(*self.data(), 1 / count).item()
+            sum_partial(self.pieces, self.topology)
+            norm = global_norm(self.pieces, self.topology)
+            if step == 0:
+                grads = {p.name: p.grad for p in self.pieces if p.grad is not None}
+                record.gradients = {
+                    p.name: p.trim(grads[p.name]).clone() for p in self.pieces if p.name in grads
+                }
+            clip(self.pieces, norm, CLIP)
+            self.optimizer.step(LEARNING_RATE)
+            # The token loss is the same on all tensor ranks; side losses are each rank's own.
+            once = loss if self.topology.rank("tp") == 0 else 0.0
+            totals = self.model.drain_side_outputs()
+            side = {n: world_sum(float(totals.get(n, 0.0))) / BATCH for n in LOSSES}
+            record.note(step, world_sum(once) / count, norm.item(), side)
+        record.parameters = {piece.name: piece.tensor.clone() for piece in self.pieces}
+        return record
+
+
+def world_sum(value: float) -> float:
+    total = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.item()
+
+
+def make_job(case: Case) -> Job:
+    """Build and initialise on this rank."""
+    topology = Topology(Layout(dist.get_world_size(), **dict(case.degrees)))  # type: ignore[arg-type]
+    layout, config = topology.layout, case.model
+    pipeline = PipelineConfig(
+        schedule="1F1B" if case.stages_per_rank == 1 else "Interleaved1F1B",
+        stages_per_rank=case.stages_per_rank,
+    )
+    sharding.check(config, layout, LENGTH)
+    model = build(
+        lambda: MoEForCausalLM(config),
+        topology,
+        sharding.plan(config),
+        head=sharding.HEAD,
+        tail=sharding.TAIL,
+        pipeline=pipeline,
+        precision=case.precision,
+    )
+    model.initialise(model.parts[0].initialisation, SEED)
+    runner = make_runner(
+        model,
+        pipeline,
+        num_microbatches=BATCH // layout.dp // case.microbatch_size,
+        microbatch_size=case.microbatch_size,
+        sequence_length=LENGTH,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        dtype=case.precision.compute_dtype,
+    )
+    pieces = model.pieces()
+    optimizer = ShardedAdamW(pieces, ADAMW)
+    return Job(
+        case=case, topology=topology, model=model, runner=runner, pieces=pieces, optimizer=optimizer
+    )
+
+
+def distances(job: Job, run: Record, expected: Record) -> Iterator[tuple[str, float]]:
+    """Relative distance of every scalar and of every tensor on this rank from the reference."""
+    for name, value in expected.scalars.items():
+        yield name, abs(run.scalars[name] - value) / abs(value)
+    for kind in ("gradients", "parameters"):
+        found, wholes = getattr(run, kind), getattr(expected, kind)
+        for piece in job.pieces:
+            if piece.box.numel:
+                whole = wholes[piece.name]
+                error = (found[piece.name] - whole[piece.box.slices]).abs().max()
+                yield f"{kind}[{piece.name}]", (error / whole.abs().max()).item()
+
+
+def num_counted(pieces: list[Piece]) -> Mapping[str, int]:
+    """Elements of each parameter that this rank counts in sums over all ranks."""
+    return {piece.name: piece.box.numel for piece in pieces if piece.counted}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What one rank found: its distances, what it counts, and the scalars of its run."""
+
+    distances: Mapping[str, float]
+    counted: Mapping[str, int]
+    scalars: Mapping[str, float]
+
+
+def judge(case: Case, expected: Record) -> Verdict:
+    """Run a case on this rank."""
+    job = make_job(case)
+    run = job.run()
+    return Verdict(
+        distances=dict(distances(job, run, expected)),
+        counted=num_counted(job.pieces),
+        scalars=run.scalars,
+    )
+
+
+def with_model(**changes: object) -> MoEConfig:
+    """``MODEL`` with other values."""
+    return replace(MODEL, **changes)  # type: ignore[arg-type]

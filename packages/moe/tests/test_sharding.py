@@ -1,0 +1,157 @@
+"""Models over ranks: what fits, and that every layout trains the same model."""
+
+import math
+from collections.abc import Iterable, Mapping
+from functools import cache
+
+import pytest
+
+from fivefold.moe import MoEConfig, MoEForCausalLM, sharding
+from fivefold.moe.errors import MoEConfigError
+from fivefold.parallel_core.data_parallel import Precision
+from fivefold.parallel_core.launch import launch
+from fivefold.parallel_core.layout import Layout
+
+from .law import DOUBLE, MODEL, STEPS, Case, Record, Verdict, judge, plain_run, with_model
+
+TWELVE = with_model(num_experts=12, num_experts_per_token=3)
+UNEVEN = with_model(num_layers=5)
+HEADS = with_model(num_key_value_heads=4)
+TIED = with_model(tie_word_embeddings=True)
+RESHARD = Precision(parameters="float64", compute="float64", reshard_after_forward=True)
+BFLOAT16 = Precision(compute="bfloat16")
+
+
+def case(model: MoEConfig = MODEL, /, **values: object) -> Case:
+    """A case; what is not its own is the layout's."""
+    names = ("stages_per_rank", "microbatch_size", "precision")
+    own = {name: values.pop(name) for name in names if name in values}
+    return Case(degrees=tuple(values.items()), model=model, **own)  # type: ignore[arg-type]
+
+
+CASES = [
+    case(),
+    case(ep=8),
+    case(tp=2, cp=2, ep=8),  # EP over TP, CP and DP at once
+    case(tp=2, ep=4, microbatch_size=2),  # EDP 2, DP 4; two microbatches
+    case(tp=2, ep=4, precision=RESHARD),
+    case(TWELVE, tp=2, ep=4),  # three experts per rank
+    case(tp=2, etp=4, ep=2),  # ETP > TP
+    case(etp=4),  # ETP without EP
+    case(etp=8, cp=2, microbatch_size=2),
+    case(HEADS, tp=4, etp=2, ep=2),  # vocabulary 37 over 4
+    case(tp=2, cp=2, etp=2, ep=4),
+    case(cp=8, ep=4),
+    case(TIED, tp=2, ep=4),
+    case(tp=2, ep=4, order="ep-cp-tp-dp-pp"),
+    case(tp=2, cp=2, etp=2, ep=2, order="dp-ep-cp-tp-pp"),
+    case(tp=2, pp=2, ep=4),  # CP·TP 2, EP·ETP 4
+    case(tp=2, cp=2, pp=2, etp=2),  # CP·TP 4, EP·ETP 2
+    case(UNEVEN, tp=2, cp=2, pp=2, ep=4, microbatch_size=2),  # 3 and 2 layers
+    case(tp=2, pp=2, ep=2, order="tp-cp-ep-pp-dp"),
+    case(UNEVEN, pp=4, ep=2),  # 2, 1, 1 and 1 layers
+    case(tp=2, pp=2, ep=4, stages_per_rank=2),
+    case(UNEVEN, tp=2, cp=2, pp=2, etp=2, ep=2, stages_per_rank=2),
+]
+
+
+@cache
+def reference(model: MoEConfig) -> Record:
+    return plain_run(model)
+
+
+def judge_all(cases: Iterable[Case], expected: Mapping[MoEConfig, Record]) -> list[Verdict]:
+    """On each rank: all cases, one after the other."""
+    return [judge(case, expected[case.model]) for case in cases]
+
+
+@cache
+def verdicts() -> Mapping[Case, tuple[Verdict, ...]]:
+    """Every case, by rank; all in one launch, as most of a short run is its start."""
+    cases = [*CASES, case(tp=2, pp=2, ep=4, precision=BFLOAT16)]
+    expected = {case.model: reference(case.model) for case in cases}
+    by_rank = launch(judge_all, 8, cases, expected, timeout=300)
+    return dict(zip(cases, zip(*by_rank, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_layout_trains_the_same_model(case: Case) -> None:
+    assert case.precision.compute == DOUBLE.compute
+    for rank in verdicts()[case]:
+        what, distance = max(rank.distances.items(), key=lambda pair: pair[1])
+        assert distance < 1e-10, what
+        compared = {name.split("[")[0] for name in rank.distances}
+        assert {"loss", "norm", "aux_loss", "z_loss", "parameters", "gradients"} >= compared
+        assert len(rank.scalars) == 4 * STEPS
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_element_is_held_and_counted_once(case: Case) -> None:
+    total: dict[str, int] = {}
+    for rank in verdicts()[case]:
+        for name, count in rank.counted.items():
+            total[name] = total.get(name, 0) + count
+    assert total == {name: p.numel() for name, p in MoEForCausalLM(case.model).named_parameters()}
+
+
+def test_bfloat16_is_near() -> None:
+    [of_ranks] = [v for case, v in verdicts().items() if case.precision == BFLOAT16]
+    for name, expected in reference(MODEL).scalars.items():
+        found = of_ranks[0].scalars[name]
+        assert math.isfinite(found)
+        assert found == pytest.approx(expected, rel=0.05), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "degrees", "message"),
+    [
+        (
+            {"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 4},
+            {"tp": 4},
+            r"num_attention_heads=6 cannot be split over tp=4; tp may be 1, 2, 3, 6$",
+        ),
+        ({}, {"tp": 4}, r"num_key_value_heads=2 cannot be split over tp=4; tp may be 1, 2$"),
+        (
+            {"num_experts": 12},
+            {"ep": 8},
+            r"num_experts=12 cannot be split over ep=8; ep may be 1, 2, 3, 4, 6, 12$",
+        ),
+        (
+            {"expert_intermediate_size": 12},
+            {"etp": 8},
+            r"expert_intermediate_size=12 cannot be split over etp=8; etp may be 1, 2, 3, 4, 6, 12$",
+        ),
+        (
+            {},
+            {"tp": 2, "cp": 4},
+            r"sequence_length=12 cannot be split over tp\*cp=8; tp\*cp may be 1, 2, 3, 4, 6, 12$",
+        ),
+        (
+            {"tie_word_embeddings": True},
+            {"pp": 2},
+            r"tie_word_embeddings with pp=2: .* use pp=1 or untie them$",
+        ),
+    ],
+)
+def test_check_names_what_does_not_fit(
+    changes: dict[str, int], degrees: dict[str, int], message: str
+) -> None:
+    with pytest.raises(MoEConfigError, match=message):
+        sharding.check(with_model(**changes), Layout(8, **degrees), 12)
+
+
+def test_check_lists_only_the_first_of_many_legal_values() -> None:
+    model = with_model(num_experts=5040)
+    with pytest.raises(MoEConfigError, match=r"ep may be 1, 2, 3, 4, 5, .*, 15, \.\.\.$"):
+        sharding.check(model, Layout(32, ep=32))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_check_passes_what_runs(case: Case) -> None:
+    sharding.check(case.model, Layout(8, **dict(case.degrees)), 16)  # type: ignore[arg-type]
+
+
+def test_check_stages() -> None:
+    sharding.check_stages(MODEL, 4)
+    with pytest.raises(MoEConfigError, match=r"num_layers=4 cannot fill 5 pipeline stages"):
+        sharding.check_stages(MODEL, 5)
