@@ -145,10 +145,18 @@ def install_and_test(session: nox.Session, package: str, *constraints: str) -> N
     session.install(*options, *test_requirements(folder))
     session.run(*check)
     with tempfile.TemporaryDirectory() as scratch:
-        shutil.copy("pyproject.toml", scratch)
-        shutil.copytree(folder / "tests", Path(scratch, folder, "tests"))
+        copy_tests(folder, Path(scratch))
         with session.chdir(scratch):
             session.run("python", "-I", "-m", "pytest", str(folder / "tests"), *session.posargs)
+
+
+def copy_tests(folder: Path, scratch: Path) -> None:
+    """Copy what the tests of a package read of the checkout: themselves, settings, READMEs."""
+    readmes = [each / "README.md" for each in FOLDERS.values()]
+    for path in (Path("pyproject.toml"), Path("README.md"), *readmes):
+        (scratch / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, scratch / path)
+    shutil.copytree(folder / "tests", scratch / folder / "tests")
 
 
 def lowest_versions() -> Iterator[str]:

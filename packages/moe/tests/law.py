@@ -28,7 +28,7 @@ LOSSES = ("aux_loss", "z_loss")
 MODEL = MoEConfig(
     vocab_size=37,
     hidden_size=16,
-    num_layers=4,
+    num_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
     expert_intermediate_size=16,
@@ -55,7 +55,7 @@ class Case:
     degrees: tuple[tuple[str, int | str], ...]
     model: MoEConfig = MODEL
     stages_per_rank: int = 1
-    microbatch_size: int = 1
+    microbatch_size: int = 2
     precision: Precision = DOUBLE
 
     def __str__(self) -> str:
@@ -63,7 +63,7 @@ class Case:
         default = MODEL.to_dict()
         words += [f"{k}={v}" for k, v in self.model.to_dict().items() if v != default[k]]
         words += [f"{self.stages_per_rank} stages"] * (self.stages_per_rank > 1)
-        words += [f"microbatch={self.microbatch_size}"] * (self.microbatch_size > 1)
+        words += [f"microbatch={self.microbatch_size}"] * (self.microbatch_size != 2)
         words += [self.precision.compute] * (self.precision.compute != "float64")
         words += ["reshard"] * self.precision.reshard_after_forward
         return " ".join(words)

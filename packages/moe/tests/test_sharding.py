@@ -1,7 +1,6 @@
 """Models over ranks: what fits, and that every layout trains the same model."""
 
 import math
-from collections.abc import Iterable, Mapping
 from functools import cache
 
 import pytest
@@ -15,7 +14,8 @@ from fivefold.parallel_core.layout import Layout
 from .law import DOUBLE, MODEL, STEPS, Case, Record, Verdict, judge, plain_run, with_model
 
 TWELVE = with_model(num_experts=12, num_experts_per_token=3)
-UNEVEN = with_model(num_layers=5)
+UNEVEN = with_model(num_layers=3)
+DEEP = with_model(num_layers=5)
 HEADS = with_model(num_key_value_heads=4)
 TIED = with_model(tie_word_embeddings=True)
 RESHARD = Precision(parameters="float64", compute="float64", reshard_after_forward=True)
@@ -30,28 +30,28 @@ def case(model: MoEConfig = MODEL, /, **values: object) -> Case:
 
 
 CASES = [
-    case(),
-    case(ep=8),
+    case(microbatch_size=1),
+    case(ep=8, microbatch_size=1),
     case(tp=2, cp=2, ep=8),  # EP over TP, CP and DP at once
-    case(tp=2, ep=4, microbatch_size=2),  # EDP 2, DP 4; two microbatches
+    case(tp=2, ep=4),  # EDP 2, DP 4
     case(tp=2, ep=4, precision=RESHARD),
     case(TWELVE, tp=2, ep=4),  # three experts per rank
     case(tp=2, etp=4, ep=2),  # ETP > TP
-    case(etp=4),  # ETP without EP
-    case(etp=8, cp=2, microbatch_size=2),
+    case(etp=4, microbatch_size=1),  # ETP without EP
+    case(etp=8, cp=2),
     case(HEADS, tp=4, etp=2, ep=2),  # vocabulary 37 over 4
-    case(tp=2, cp=2, etp=2, ep=4),
-    case(cp=8, ep=4),
+    case(tp=2, cp=2, etp=2, ep=4, microbatch_size=4),
+    case(cp=8, ep=4, microbatch_size=8),
     case(TIED, tp=2, ep=4),
     case(tp=2, ep=4, order="ep-cp-tp-dp-pp"),
-    case(tp=2, cp=2, etp=2, ep=2, order="dp-ep-cp-tp-pp"),
+    case(tp=2, cp=2, etp=2, ep=2, order="dp-ep-cp-tp-pp", microbatch_size=4),
     case(tp=2, pp=2, ep=4),  # CP·TP 2, EP·ETP 4
-    case(tp=2, cp=2, pp=2, etp=2),  # CP·TP 4, EP·ETP 2
-    case(UNEVEN, tp=2, cp=2, pp=2, ep=4, microbatch_size=2),  # 3 and 2 layers
+    case(tp=2, cp=2, pp=2, etp=2, microbatch_size=4),  # CP·TP 4, EP·ETP 2
+    case(UNEVEN, tp=2, cp=2, pp=2, ep=4),  # 2 layers and 1; four microbatches
     case(tp=2, pp=2, ep=2, order="tp-cp-ep-pp-dp"),
-    case(UNEVEN, pp=4, ep=2),  # 2, 1, 1 and 1 layers
-    case(tp=2, pp=2, ep=4, stages_per_rank=2),
-    case(UNEVEN, tp=2, cp=2, pp=2, etp=2, ep=2, stages_per_rank=2),
+    case(DEEP, pp=4, ep=2, microbatch_size=1),  # 2, 1, 1 and 1 layers
+    case(DEEP, tp=2, pp=2, ep=4, stages_per_rank=2),
+    case(DEEP, tp=2, cp=2, pp=2, etp=2, ep=2, stages_per_rank=2, microbatch_size=4),
 ]
 
 
@@ -60,24 +60,16 @@ def reference(model: MoEConfig) -> Record:
     return plain_run(model)
 
 
-def judge_all(cases: Iterable[Case], expected: Mapping[MoEConfig, Record]) -> list[Verdict]:
-    """On each rank: all cases, one after the other."""
-    return [judge(case, expected[case.model]) for case in cases]
-
-
 @cache
-def verdicts() -> Mapping[Case, tuple[Verdict, ...]]:
-    """Every case, by rank; all in one launch, as most of a short run is its start."""
-    cases = [*CASES, case(tp=2, pp=2, ep=4, precision=BFLOAT16)]
-    expected = {case.model: reference(case.model) for case in cases}
-    by_rank = launch(judge_all, 8, cases, expected, timeout=300)
-    return dict(zip(cases, zip(*by_rank, strict=True), strict=True))
+def verdict(case: Case) -> list[Verdict]:
+    """What each rank found. A launch for each case: gloo's groups cost time while they live."""
+    return launch(judge, 8, case, reference(case.model), timeout=120)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_layout_trains_the_same_model(case: Case) -> None:
     assert case.precision.compute == DOUBLE.compute
-    for rank in verdicts()[case]:
+    for rank in verdict(case):
         what, distance = max(rank.distances.items(), key=lambda pair: pair[1])
         assert distance < 1e-10, what
         compared = {name.split("[")[0] for name in rank.distances}
@@ -88,18 +80,19 @@ def test_every_layout_trains_the_same_model(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_element_is_held_and_counted_once(case: Case) -> None:
     total: dict[str, int] = {}
-    for rank in verdicts()[case]:
+    for rank in verdict(case):
         for name, count in rank.counted.items():
             total[name] = total.get(name, 0) + count
     assert total == {name: p.numel() for name, p in MoEForCausalLM(case.model).named_parameters()}
 
 
 def test_bfloat16_is_near() -> None:
-    [of_ranks] = [v for case, v in verdicts().items() if case.precision == BFLOAT16]
+    scalars = verdict(case(tp=2, pp=2, ep=4, precision=BFLOAT16))[0].scalars
     for name, expected in reference(MODEL).scalars.items():
-        found = of_ranks[0].scalars[name]
-        assert math.isfinite(found)
-        assert found == pytest.approx(expected, rel=0.05), name
+        assert math.isfinite(scalars[name])
+        # Gradients change more: a token near the border between two experts takes the other one.
+        near = 0.15 if name.startswith("norm") else 0.02
+        assert scalars[name] == pytest.approx(expected, rel=near), name
 
 
 @pytest.mark.parametrize(
@@ -142,7 +135,7 @@ def test_check_names_what_does_not_fit(
 
 def test_check_lists_only_the_first_of_many_legal_values() -> None:
     model = with_model(num_experts=5040)
-    with pytest.raises(MoEConfigError, match=r"ep may be 1, 2, 3, 4, 5, .*, 15, \.\.\.$"):
+    with pytest.raises(MoEConfigError, match=r"ep may be 1, 2, 3, 4, 5, .*, 14, \.\.\.$"):
         sharding.check(model, Layout(32, ep=32))
 
 
@@ -152,6 +145,6 @@ def test_check_passes_what_runs(case: Case) -> None:
 
 
 def test_check_stages() -> None:
-    sharding.check_stages(MODEL, 4)
-    with pytest.raises(MoEConfigError, match=r"num_layers=4 cannot fill 5 pipeline stages"):
-        sharding.check_stages(MODEL, 5)
+    sharding.check_stages(MODEL, 2)
+    with pytest.raises(MoEConfigError, match=r"num_layers=2 cannot fill 4 pipeline stages"):
+        sharding.check_stages(MODEL, 4)

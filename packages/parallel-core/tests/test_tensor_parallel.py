@@ -50,6 +50,10 @@ def group(bias: bool) -> nn.Module:
     return LinearGroup({name: nn.Linear(H, 8, bias=bias) for name in ("a", "b", "c")})
 
 
+def in_eights(sequence: bool) -> Style:
+    return VocabParallel(sequence, multiple=8)
+
+
 LAYERS = [
     LayerCase("column", lambda: nn.Linear(H, 8), ColumnParallel, "features"),
     LayerCase("column group", lambda: group(True), ColumnParallel, "features"),
@@ -58,9 +62,7 @@ LAYERS = [
     LayerCase("row without bias", lambda: nn.Linear(8, H, bias=False), RowParallel, "part"),
     LayerCase("embedding of 37", lambda: nn.Embedding(37, H), VocabParallel, "ids"),
     LayerCase("head of 37", lambda: nn.Linear(H, 37), VocabParallel, "features"),
-    LayerCase(
-        "head of 37", lambda: nn.Linear(H, 37), lambda s: VocabParallel(s, multiple=8), "features"
-    ),
+    LayerCase("head in eights", lambda: nn.Linear(H, 37), in_eights, "features"),
 ]
 
 

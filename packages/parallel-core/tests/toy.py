@@ -38,7 +38,7 @@ class ToyConfig:
 
     vocab_size: int = 37
     hidden_size: int = 12
-    num_layers: int = 4
+    num_layers: int = 2
     num_heads: int = 4
     width: int = 8
     num_experts: int = 0
@@ -111,7 +111,7 @@ class Experts(nn.Module):
 
 
 class FoldedExperts(Experts):
-    """Experts over "ep" and "etp": the tokens of all their ranks come here, and their sums go back."""
+    """Experts over "ep" and "etp": tokens of all these ranks come here, and sums go back."""
 
     axis: Axis
 
@@ -124,11 +124,13 @@ class FoldedExperts(Experts):
 
 @dataclass(frozen=True)
 class ExpertParallel(Style):
+    data: str = "edp"
+
     def apply(self, module: nn.Module, name: str, table: ParameterTable) -> nn.Module:
         self._expect(module, name, Experts)
         for parameter, width in (("up", 2), ("down", 1)):
             shape = tuple(module.get_parameter(parameter).shape)
-            placement = Placement(shape=shape, sharded=((0, "ep"), (width, "etp")), data="edp")
+            placement = Placement(shape=shape, sharded=((0, "ep"), (width, "etp")), data=self.data)
             shard_parameter(module, name, parameter, table, placement)
         module.__class__ = FoldedExperts
         module.axis = table.topology.axis("etp-ep")

@@ -1,6 +1,6 @@
 """Data parallelism on FSDP2, with shard groups of their own for dense and expert parameters."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,11 +58,10 @@ def shard_data(
     """
     topology = table.topology
     mixed = precision.compute_dtype != precision.storage_dtype
-    experts = [
-        (name, module)
-        for name, module in model.named_modules()
-        if any(table[f"{name}.{key}"].data == "edp" for key, _ in _own_parameters(module))
-    ]
+    owners = {
+        name.rpartition(".")[0] for name, placement in table.items() if placement.data == "edp"
+    }
+    experts = [module for name, module in model.named_modules() if name in owners]
     if not mixed and topology.size("dp-cp") == 1 and (not experts or topology.size("edp") == 1):
         return
     policy = MixedPrecisionPolicy(
@@ -71,7 +70,7 @@ def shard_data(
     )
     # One rank holds the whole of these, so there is nothing to gather or to reduce.
     whole = not mixed and topology.size("edp") == 1
-    ignored = {p for _, module in experts for p in module.parameters()} if whole else set()
+    ignored = {p for module in experts for p in module.parameters()} if whole else set()
 
     def shard(module: nn.Module, axis: str) -> None:
         size = topology.size(axis)
@@ -85,7 +84,7 @@ def shard_data(
         )
 
     if not whole:
-        for _, module in experts:
+        for module in experts:
             shard(module, "edp")
     for name in units:
         shard(model.get_submodule(name), "dp-cp")
@@ -94,10 +93,6 @@ def shard_data(
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-
-
-def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return module.named_parameters(recurse=False)
 
 
 def _dim_to_shard(shape: torch.Size, size: int) -> int:
