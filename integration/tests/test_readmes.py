@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-READMES = [ROOT / "README.md", *sorted(ROOT.glob("packages/*/README.md")), ROOT / "integration/README.md"]
+FOLDERS = [ROOT, *sorted(ROOT.glob("packages/*")), ROOT / "integration"]
+READMES = [folder / "README.md" for folder in FOLDERS]
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)

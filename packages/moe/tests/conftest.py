@@ -14,7 +14,10 @@ from transformers.models.mixtral import modeling_mixtral
 from transformers.utils import logging
 
 from fivefold.moe import MoEConfig, MoEForCausalLM
+from fivefold.moe.cli import main
 from fivefold.moe.hf import from_hf
+
+from .runs import write_run
 
 logging.disable_progress_bar()
 
@@ -89,3 +92,17 @@ def nan_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The TOML file of a tiny run, beside its text; see ``runs``."""
+    return write_run(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="session")
+def finished_run(run_file: Path) -> Path:
+    """The folder of that run after its six steps on 8 ranks; only to be read."""
+    folder = run_file.parent / "finished"
+    assert main(["train", "--config", str(run_file), "--run", str(folder), "--nproc", "8"]) == 0
+    return folder

@@ -110,9 +110,9 @@ def test_bfloat16_is_near() -> None:
             r"num_experts=12 cannot be split over ep=8; ep may be 1, 2, 3, 4, 6, 12$",
         ),
         (
-            {"expert_intermediate_size": 12},
-            {"etp": 8},
-            r"expert_intermediate_size=12 cannot be split over etp=8; etp may be 1, 2, 3, 4, 6, 12$",
+            {"expert_intermediate_size": 6},
+            {"etp": 4},
+            r"expert_intermediate_size=6 cannot be split over etp=4; etp may be 1, 2, 3, 6$",
         ),
         (
             {},

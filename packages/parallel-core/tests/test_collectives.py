@@ -160,10 +160,15 @@ IDS = [f"{case.op} {case.name}" for case in CASES]
 
 @dataclass
 class Result:
-    """One rank's output and gradient, and the ledger's (calls, bytes) of each direction."""
+    """One rank's output and gradient, and the ledger's (calls, bytes) of each direction.
+
+    Attributes:
+        reads_only: input and output gradient are what they were before.
+    """
 
     output: Tensor
     gradient: Tensor
+    reads_only: bool
     forward: tuple[int, float]
     backward: tuple[int, float]
 
@@ -192,9 +197,14 @@ def on_a_rank() -> list[Result]:
         x.requires_grad_()
         with CommLedger(topology) as forward:
             y = case.apply(x, axis)
+        weight = weights(case)[axis.rank]
         with CommLedger(topology) as backward:
-            (gradient,) = torch.autograd.grad(y, x, weights(case)[axis.rank])
-        results.append(Result(y.detach(), gradient, counted(forward), counted(backward)))
+            (gradient,) = torch.autograd.grad(y, x, weight)
+        reads_only = torch.equal(x, case.inputs()[axis.rank])
+        reads_only &= torch.equal(weight, weights(case)[axis.rank])
+        results.append(
+            Result(y.detach(), gradient, reads_only, counted(forward), counted(backward))
+        )
     return results
 
 
@@ -223,6 +233,7 @@ def test_values_and_gradients_are_those_of_one_process(job: list[list[Result]], 
     for result, output, gradient in zip(job[index], outputs, gradients, strict=True):
         torch.testing.assert_close(result.output, output, rtol=1e-14, atol=1e-14)
         torch.testing.assert_close(result.gradient, gradient, rtol=1e-14, atol=1e-14)
+        assert result.reads_only
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=IDS)

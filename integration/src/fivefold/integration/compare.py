@@ -17,7 +17,9 @@ def largest_logit_difference(model: nn.Module, folder: Path, ids: Tensor) -> flo
     """
     # Only here: importing transformers takes seconds that training need not wait for.
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     dtype = next(model.parameters()).dtype
     peer = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     return float((model(ids) - peer(ids).logits).abs().max())

@@ -16,26 +16,23 @@ import torch
 
 from fivefold.integration.compare import largest_logit_difference
 from fivefold.moe.commands import conclude, describe, overrides_of, stream_text, train_here
+from fivefold.moe.errors import MoEError
 from fivefold.moe.export import export_run
 from fivefold.moe.model import MoEForCausalLM
 from fivefold.moe.train import RunConfig, check, load_run
+from fivefold.parallel_core.commands import run_command
 from fivefold.parallel_core.config import load_toml
-from fivefold.parallel_core.errors import ParallelError
 
 TOLERANCE = 1e-4
 """Largest difference of float32 logits between fivefold and transformers that passes."""
 
-PROMPT = "def read_lines(path):\n    "
+PROMPT = "class Reader:\n    def __init__(self, "
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit status."""
     options = _parser().parse_args(arguments)
-    try:
-        return _run(options)
-    except ParallelError as error:
-        print(f"demo: error: {error}", file=sys.stderr)
-        return 1
+    return run_command("demo", lambda: _run(options), expected=(MoEError,), debug=options.debug)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -66,8 +63,8 @@ def show(config: RunConfig, run: Path, model_folder: Path) -> int:
     passed = difference <= TOLERANCE
     verdict = "passes" if passed else "FAILS"
     print(f"largest logit difference to transformers: {difference:.2e} ({verdict} {TOLERANCE:g})")
-    print("\nsample, the first line given:\n")
-    stream_text(model, tokenizer, PROMPT, 300, temperature=0.7, top_k=20)
+    print("\nsample, the first line and a half given:\n")
+    stream_text(model, tokenizer, PROMPT, 300, temperature=0.6, top_k=20)
     return 0 if passed else 1
 
 
@@ -84,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="override a value of demo.toml, e.g. --set training.steps=50",
     )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     return parser
 
 

@@ -5,6 +5,9 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from fivefold.moe.errors import MoEError
+from fivefold.parallel_core.commands import run_command
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
@@ -14,23 +17,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         it was interrupted.
     """
     options = _parser().parse_args(arguments)
-    try:
-        return _run(options)
-    except KeyboardInterrupt:
-        print("fivefold-moe: interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if options.debug or not _is_expected(error):
-            raise
-        print(f"fivefold-moe: error: {error}", file=sys.stderr)
-        return 1
-
-
-def _is_expected(error: Exception) -> bool:
-    from fivefold.moe.errors import MoEError
-    from fivefold.parallel_core.errors import ParallelError
-
-    return isinstance(error, (MoEError, ParallelError, ImportError))
+    return run_command(
+        "fivefold-moe", lambda: _run(options), expected=(MoEError,), debug=options.debug
+    )
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -62,15 +51,18 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Train on the text and layout of a TOML file. Run it again after Ctrl-C, a crash or with "
         "another layout, and it goes on from the newest checkpoint. On one machine --nproc forks "
-        "the ranks; under torchrun the ranks are torchrun's: "
-        "torchrun --nproc-per-node 8 -m fivefold.moe train --config run.toml"
+        "the ranks; under torchrun the ranks are torchrun's: torchrun --nproc-per-node 8 "
+        "-m fivefold.moe train --config run.toml --run-folder runs/mine"
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="TOML file of the run")
+    # torchrun looks at the arguments of its script too, and takes --run for an abbreviation of its
+    # own --run-path.
     parser.add_argument(
         "--run",
+        "--run-folder",
         default="runs/moe",
         metavar="FOLDER",
-        help="folder of the run (default: %(default)s)",
+        help="folder of the run (default: %(default)s); under torchrun only the long name works",
     )
     parser.add_argument("--nproc", type=int, metavar="N", help="ranks to fork (default: 1)")
     parser.add_argument(
@@ -93,29 +85,52 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", required=True, metavar="FOLDER", help="where to write the model"
     )
-    parser.add_argument("--step", type=int, help="a checkpoint other than the newest")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of the run"
+        "--step", type=int, metavar="N", help="the checkpoint after N steps (default: the newest)"
     )
     parser.add_argument(
-        "--max-shard-size", default="5GB", help="of one safetensors file (default: %(default)s)"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights (default: what the run trains in)",
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="largest size of one safetensors file (default: %(default)s)",
     )
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.description = "Continue a text with a model in Hugging Face form, on this machine."
-    parser.add_argument("--model", required=True, metavar="FOLDER_OR_REPO")
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N")
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="FOLDER_OR_REPO",
+        help="what export wrote, or a Mixtral of the Hugging Face Hub",
+    )
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=200,
+        metavar="N",
+        help="tokens to add at most (default: %(default)s)",
+    )
     parser.add_argument(
         "--temperature",
         type=float,
         default=0.8,
-        help="0 takes the likeliest (default: %(default)s)",
+        metavar="T",
+        help="0 takes the likeliest token (default: %(default)s)",
     )
-    parser.add_argument("--top-k", type=int, metavar="K")
-    parser.add_argument("--top-p", type=float, metavar="P")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="draw from the likeliest tokens that make up P"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the draws (default: %(default)s)"
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from torch import Tensor
 from fivefold.moe.export import export_run
 from fivefold.moe.model import MoEForCausalLM
 from fivefold.moe.train import RunConfig, check, load_run, train_rank
-from fivefold.parallel_core.errors import ConfigError
+from fivefold.parallel_core.commands import INTERRUPTED
+from fivefold.parallel_core.errors import ConfigError, LayoutError
 from fivefold.parallel_core.hub import resolve
 from fivefold.parallel_core.launch import connect, disconnect, launch, under_torchrun
 from fivefold.parallel_core.layout import Layout
@@ -25,8 +26,12 @@ def train(options: argparse.Namespace) -> int:
     folder = Path(options.run)
     if under_torchrun():
         return _train_under_torchrun(config, folder, options)
-    world_size = options.nproc or 1
-    describe(config, check(config, world_size))
+    world_size = 1 if options.nproc is None else options.nproc
+    try:
+        layout = check(config, world_size)
+    except LayoutError as error:
+        raise LayoutError(f"{error}\nworld_size is the number of ranks: --nproc") from None
+    describe(config, layout)
     if options.dry_run:
         return 0
     return conclude(train_here(config, folder, world_size, options.tensorboard), folder)
@@ -45,8 +50,10 @@ def _train_under_torchrun(config: RunConfig, folder: Path, options: argparse.Nam
         return 0
     outcome = train_rank(config, folder, options.tensorboard)
     disconnect()
-    # Every rank ends with the same status, or torchrun would call the stop a failure of one.
-    return conclude(outcome, folder) if rank == 0 else 0
+    if rank == 0:
+        return conclude(outcome, folder)
+    # The same status as that of rank 0, or torchrun would say that one of them failed.
+    return 0 if outcome.finished else INTERRUPTED
 
 
 def describe(config: RunConfig, layout: Layout) -> None:
@@ -84,7 +91,7 @@ def conclude(outcome: Outcome, folder: Path) -> int:
     """Say how a run ended; the exit status."""
     if not outcome.finished:
         print(f"stopped after step {outcome.step}; run the same command again to go on")
-        return 130
+        return INTERRUPTED
     print(f"finished {outcome.step} steps; metrics, loss curve and checkpoints are in {folder}")
     return 0
 

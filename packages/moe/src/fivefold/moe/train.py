@@ -15,7 +15,8 @@ from fivefold.moe.config import MoEConfig
 from fivefold.moe.model import MoEForCausalLM
 from fivefold.parallel_core.build import ParallelModel, build, make_runner
 from fivefold.parallel_core.checkpoint import Checkpoints
-from fivefold.parallel_core.config import Config, load_toml, override
+from fivefold.parallel_core.config import Config, load_toml, override, replace
+from fivefold.parallel_core.errors import ConfigError
 from fivefold.parallel_core.files import write_json
 from fivefold.parallel_core.layout import DEFAULT_ORDER, Layout
 from fivefold.parallel_core.topology import Topology
@@ -98,22 +99,35 @@ def load_run(
     """
     raw = load_toml(source) if isinstance(source, Path) else dict(source)
     overrides = dict(overrides or {})
-    data = DataConfig.from_dict(raw.get("data", {}), "data")
+    tables = {name: _table(raw, name) for name in ("model", "data", "training")}
+    data = DataConfig.from_dict(tables["data"], "data")
     of_data = {key[5:]: value for key, value in overrides.items() if key.startswith("data.")}
     tokenizer = override(data, of_data).load_tokenizer()
-    defaults = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.end_of_text_id}
-    raw["model"] = {**defaults, **raw.get("model", {})}
-    _default_schedule(raw, overrides)
+    raw["model"] = {"vocab_size": tokenizer.vocab_size, **tables["model"]}
+    _default_schedule(raw, tables["training"], overrides)
     config = override(RunConfig.from_dict(raw), overrides)
     check_vocabulary(tokenizer, config.model.vocab_size)
-    return config
+    if config.model.eos_token_id is not None:
+        return config
+    model = replace(config.model, eos_token_id=tokenizer.end_of_text_id)
+    return replace(config, model=model)
 
 
-def _default_schedule(raw: dict[str, Any], overrides: dict[str, str]) -> None:
+def _table(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A section of the file; empty where it is left out."""
+    table = raw.get(name, {})
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{name}: found {table!r}, expected a table: [{name}]")
+    return table
+
+
+def _default_schedule(
+    raw: dict[str, Any], training: Mapping[str, Any], overrides: dict[str, str]
+) -> None:
     """Let the schedule end with the run where the file does not say otherwise."""
-    training = raw.get("training", {})
-    if "steps" in training and "total_steps" not in training.get("schedule", {}):
-        schedule = {**training.get("schedule", {}), "total_steps": training["steps"]}
+    schedule = _table(training, "schedule")
+    if "steps" in training and "total_steps" not in schedule:
+        schedule = {**schedule, "total_steps": training["steps"]}
         raw["training"] = {**training, "schedule": schedule}
         if "training.steps" in overrides:
             overrides.setdefault("training.schedule.total_steps", overrides["training.steps"])

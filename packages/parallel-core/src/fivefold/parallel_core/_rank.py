@@ -25,6 +25,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fivefold.parallel_core.errors import EXPECTED
+
 HEADER = struct.Struct("=cQ")
 """What precedes every message to the parent: its kind and the number of bytes that follow."""
 RESULT, FAILURE = b"r", b"f"
@@ -88,6 +90,7 @@ class Failure:
         time: when, in seconds of the machine's monotonic clock, which all ranks share.
         what: one line that continues "rank 3 of 8".
         details: traceback or stacks; may be empty.
+        message: the error's own words where they say all that a user needs to know; else empty.
         is_consequence: another rank went away first, this one only noticed.
         is_stop: the rank ended because it was asked to.
     """
@@ -95,6 +98,7 @@ class Failure:
     time: float
     what: str
     details: str = ""
+    message: str = ""
     is_consequence: bool = False
     is_stop: bool = False
 
@@ -106,6 +110,7 @@ class Failure:
             time=time.monotonic(),
             what=f"failed: {summary}",
             details="".join(traceback.format_exception(type(error), error, _frames(error))).strip(),
+            message=str(error) if isinstance(error, EXPECTED) else "",
             is_consequence=_lost_a_peer(error),
             is_stop=isinstance(error, KeyboardInterrupt | SystemExit),
         )

@@ -152,7 +152,8 @@ class Supervisor:
         failure, rank = min(failed, key=lambda pair: (pair[0].is_consequence, pair[0].time))
         if failure.is_stop and self._signals.count:
             raise self._signals.stop()
-        raise RankError(self._describe(rank, failure))
+        summary = f"{rank.name}: {failure.message}" if failure.message else None
+        raise RankError(self._describe(rank, failure), summary)
 
     def _describe(self, rank: ForkedRank, failure: Failure) -> str:
         lines = [f"{rank.name} {failure.what}"]

@@ -1,8 +1,8 @@
 """Data parallelism on FSDP2, with shard groups of their own for dense and expert parameters."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from torch.distributed.tensor import Shard
 
 from fivefold.parallel_core.config import Config
 from fivefold.parallel_core.parameters import ParameterTable
+from fivefold.parallel_core.topology import Topology
 
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -58,41 +59,41 @@ def shard_data(
     """
     topology = table.topology
     mixed = precision.compute_dtype != precision.storage_dtype
-    owners = {
-        name.rpartition(".")[0] for name, placement in table.items() if placement.data == "edp"
-    }
-    experts = [module for name, module in model.named_modules() if name in owners]
+    experts = _experts(model, table)
     if not mixed and topology.size("dp-cp") == 1 and (not experts or topology.size("edp") == 1):
         return
-    policy = MixedPrecisionPolicy(
-        param_dtype=precision.compute_dtype if mixed else None,
-        reduce_dtype=precision.storage_dtype if mixed else None,
-    )
     # One rank holds the whole of these, so there is nothing to gather or to reduce.
-    whole = not mixed and topology.size("edp") == 1
-    ignored = {p for module in experts for p in module.parameters()} if whole else set()
+    whole = experts if not mixed and topology.size("edp") == 1 else []
+    options = {
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=precision.compute_dtype if mixed else None,
+            reduce_dtype=precision.storage_dtype if mixed else None,
+        ),
+        "reshard_after_forward": precision.reshard_after_forward,
+        "ignored_params": {p for module in whole for p in module.parameters()},
+    }
+    layers = [(model.get_submodule(name), "dp-cp") for name in units]
+    # Inner modules first: an outer one takes the parameters that are left.
+    for module, axis in [*((m, "edp") for m in experts if not whole), *layers, (model, "dp-cp")]:
+        _shard(module, topology, axis, options)
 
-    def shard(module: nn.Module, axis: str) -> None:
-        size = topology.size(axis)
-        fully_shard(
-            module,
-            mesh=topology.mesh(axis),
-            mp_policy=policy,
-            reshard_after_forward=precision.reshard_after_forward,
-            shard_placement_fn=lambda parameter: Shard(_dim_to_shard(parameter.shape, size)),
-            ignored_params=ignored,
-        )
 
-    if not whole:
-        for module in experts:
-            shard(module, "edp")
-    for name in units:
-        shard(model.get_submodule(name), "dp-cp")
-    shard(model, "dp-cp")
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+def _experts(model: nn.Module, table: ParameterTable) -> list[nn.Module]:
+    """The modules that own parameters whose data axes are "edp"."""
+    owners = {name.rpartition(".")[0] for name, row in table.items() if row.data == "edp"}
+    return [module for name, module in model.named_modules() if name in owners]
+
+
+def _shard(module: nn.Module, topology: Topology, axis: str, options: Mapping[str, Any]) -> None:
+    size = topology.size(axis)
+    sharded = fully_shard(
+        module,
+        mesh=topology.mesh(axis),
+        shard_placement_fn=lambda parameter: Shard(_dim_to_shard(parameter.shape, size)),
+        **options,
+    )
+    sharded.set_gradient_divide_factor(1.0)
+    sharded.set_force_sum_reduction_for_comms(True)
 
 
 def _dim_to_shard(shape: torch.Size, size: int) -> int:

@@ -22,4 +22,21 @@ class CheckpointError(ParallelError, RuntimeError):
 
 
 class RankError(ParallelError, RuntimeError):
-    """A rank of a job that failed or died; carries the rank's own traceback."""
+    """A rank of a job that failed or died; carries the rank's own traceback.
+
+    Attributes:
+        summary: what a user needs to know: one line where the rank's error is one of `EXPECTED`,
+            else the whole message.
+
+    Args:
+        message: which rank, what happened, and its traceback.
+        summary: the same without the traceback; None is the message.
+    """
+
+    def __init__(self, message: str, summary: str | None = None):
+        super().__init__(message)
+        self.summary = message if summary is None else summary
+
+
+EXPECTED: tuple[type[Exception], ...] = (ParallelError, ImportError, OSError)
+"""Errors whose message says all: our own, a package that is missing, and the system's."""

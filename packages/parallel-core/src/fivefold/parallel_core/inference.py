@@ -15,7 +15,8 @@ def whole_logits(
 ) -> Tensor:
     """Logits of a batch on every rank of a model that is laid over the ranks.
 
-    Every rank of one data-parallel replica calls it with the same ids.
+    Every rank of one data-parallel replica calls it with the same ids; all ranks call it together,
+    as experts may be spread over replicas.
 
     Args:
         model: this rank's pipeline stage, without FSDP.

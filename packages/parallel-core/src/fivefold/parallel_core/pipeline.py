@@ -185,6 +185,11 @@ class _Stage(PipelineStage):
         return out if self.is_last else _Contiguous.apply(out)
 
 
+def _example(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """What crosses a border, without values; torch lays out its messages after it."""
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
+
+
 class PipelineRunner(Runner):
     """Stages of ``torch.distributed.pipelining`` over the "pp" axis.
 
@@ -214,24 +219,19 @@ class PipelineRunner(Runner):
         pp = topology.axis("pp")
         config.check(pp.size, num_microbatches)
         num_stages = pp.size * config.stages_per_rank
-
-        def example(shape: tuple[int, ...]) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
-
         stages: list[Any] = []
         for i, part in enumerate(parts):
             index = pp.rank + i * pp.size
-            first, last = index == 0, index == num_stages - 1
+            takes = _example(ids, torch.int64) if index == 0 else _example(hidden, dtype)
+            gives = _example(logits if index == num_stages - 1 else hidden, dtype)
             stages.append(
                 _Stage(
                     part,
                     index,
                     num_stages,
                     topology.device,
-                    input_args=torch.empty(ids, dtype=torch.int64, device="meta")
-                    if first
-                    else example(hidden),
-                    output_args=example(logits if last else hidden),
+                    input_args=takes,
+                    output_args=gives,
                     group=pp.group,
                 )
             )

@@ -1,0 +1,1 @@
+"""Training: text to batches, optimizer, schedule, loop, metrics and progress."""

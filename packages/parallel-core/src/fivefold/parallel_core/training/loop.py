@@ -10,7 +10,6 @@ from types import FrameType
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fivefold.parallel_core.build import ParallelModel
@@ -173,7 +172,8 @@ class Trainer:
         self.report: Report | None = None
         self._summarise = summarise
         self._ignore_index = ignore_index
-        self._totals, self._heldout_totals = Totals(self.topology.world), Totals(self.topology.world)
+        self._totals = Totals(self.topology.world)
+        self._heldout_totals = Totals(self.topology.world)
         self._stop = False
 
     def resume(self) -> int:
@@ -230,9 +230,26 @@ class Trainer:
         inputs, targets = (x.to(self.topology.device) for x in self.batches.batch(self.step))
         self.model.train()
         self.model.weigh_side_losses(1 / self.config.global_batch_size)
-        tokens = self._count(targets)
-        valid = sum_over(tokens, self.topology.axis("dp-cp"))
-        loss = self.runner.train(inputs, targets, 1 / max(float(valid), 1.0))
+        tokens = max(float(sum_over(self._count(targets), self.topology.axis("dp-cp"))), 1.0)
+        loss = self.runner.train(inputs, targets, 1 / tokens)
+        norm, learning_rate = self._update()
+        sums = self._sum_totals(loss)
+        stop = bool(sums.pop("stop") > 0)
+        seconds = time.perf_counter() - start
+        self._tell(
+            {
+                "loss": float(sums.pop("loss")) / tokens,
+                **(self._summarise(sums, self.config.global_batch_size) if self._summarise else {}),
+                "grad_norm": norm,
+                "learning_rate": learning_rate,
+                "tokens_per_second": tokens / seconds,
+                "seconds": seconds,
+            }
+        )
+        return stop
+
+    def _update(self) -> tuple[float, float]:
+        """Reduce and clip the gradients and step; their norm before, and the learning rate."""
         sum_partial(self.pieces, self.topology)
         norm = global_norm(self.pieces, self.topology)
         if self.config.gradient_clip is not None:
@@ -240,26 +257,17 @@ class Trainer:
         learning_rate = self.config.schedule.rate(self.step)
         self.optimizer.step(learning_rate)
         self.step += 1
-        sums = self._totals.sum(
+        return float(norm), learning_rate
+
+    def _sum_totals(self, loss: Tensor) -> dict[str, Tensor]:
+        """Over all ranks: the loss, the model's side outputs, and who was asked to stop."""
+        return self._totals.sum(
             {
                 "loss": self._once_per_tp(loss),
                 "stop": torch.tensor(float(self._stop), device=loss.device),
                 **self.model.drain_side_outputs(),
             }
         )
-        mean_loss, stop = float(sums.pop("loss")) / max(float(valid), 1.0), float(sums.pop("stop")) > 0
-        seconds = time.perf_counter() - start
-        self._tell(
-            {
-                "loss": mean_loss,
-                **(self._summarise(sums, self.config.global_batch_size) if self._summarise else {}),
-                "grad_norm": float(norm),
-                "learning_rate": learning_rate,
-                "tokens_per_second": float(valid) / seconds,
-                "seconds": seconds,
-            }
-        )
-        return stop
 
     def evaluate(self) -> float | None:
         """Mean loss in nats a token over the held-out batches; None where there are none."""

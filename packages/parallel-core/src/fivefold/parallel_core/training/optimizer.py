@@ -67,7 +67,7 @@ class ShardedAdamW:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         for piece, tensor in self._held:
-            # FSDP moves a padded parameter once, at the first forward.
+            # Asked for anew: FSDP may have moved a parameter that it pads.
             tensor.data, tensor.grad = piece.local, piece.grad
         self._optimizer.step()
         for piece, tensor in self._held:

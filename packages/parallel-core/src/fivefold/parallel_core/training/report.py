@@ -39,6 +39,8 @@ class RunReport:
         self._sinks = Sinks(sinks)
         self._sinks.init(step, config)
         self._progress = Progress(total, step)
+        if step > 0:
+            self._progress.message(f"going on after step {step}")
 
     def __call__(self, step: int, measured: Mapping[str, float]) -> None:
         """Keep and show what was measured after ``step`` finished steps."""

@@ -1,0 +1,346 @@
+"""Runs: configuration, what they write, and that an interrupted one goes on as if it was not."""
+
+import math
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fivefold.moe.cli import main
+from fivefold.moe.errors import MoEConfigError
+from fivefold.moe.export import read_run
+from fivefold.moe.train import RunConfig, check, load_run, make_trainer, summarise
+from fivefold.parallel_core.checkpoint import Checkpoints
+from fivefold.parallel_core.config import load_toml
+from fivefold.parallel_core.errors import ConfigError, DataError, LayoutError
+from fivefold.parallel_core.topology import Topology
+from fivefold.parallel_core.training.loop import Trainer
+from fivefold.parallel_core.training.tokenizer import ByteTokenizer
+
+from .runs import ONE_RANK, TWO_RANKS, arguments, losses, records
+
+SMALLEST: Mapping[str, Any] = {
+    "model": {
+        "hidden_size": 8,
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "expert_intermediate_size": 8,
+        "num_experts": 4,
+        "num_experts_per_token": 2,
+    },
+    "training": {
+        "steps": 5,
+        "global_batch_size": 4,
+        "microbatch_size": 1,
+        "sequence_length": 8,
+        "schedule": {"learning_rate": 0.1},
+    },
+}
+
+
+# ---- configuration -------------------------------------------------------------------------
+
+
+def test_what_a_file_leaves_out() -> None:
+    config = load_run(SMALLEST)
+    assert (config.model.vocab_size, config.model.eos_token_id) == (257, 256)
+    assert config.training.schedule.total_steps == 5
+    assert config.layout.layout(8).dp == 8
+    assert config.data.source == "stdlib"
+    assert RunConfig.from_dict(config.to_dict()) == config
+
+
+def test_overrides() -> None:
+    changes = {
+        "training.steps": "9",
+        "layout.tp": "2",
+        "data.source": "here",
+        "model.norm_eps": "0.1",
+    }
+    config = load_run(SMALLEST, changes)
+    assert config.training.steps == config.training.schedule.total_steps == 9
+    assert (config.layout.tp, config.data.source, config.model.norm_eps) == (2, "here", 0.1)
+    asked = {"training.steps": "9", "training.schedule.total_steps": "20"}
+    assert load_run(SMALLEST, asked).training.schedule.total_steps == 20
+    training = SMALLEST["training"]
+    schedule = {"learning_rate": 0.1, "total_steps": 7}
+    written = load_run({**SMALLEST, "training": {**training, "schedule": schedule}}, changes)
+    assert written.training.schedule.total_steps == 7
+    assert load_run(SMALLEST, {"model.eos_token_id": "10"}).model.eos_token_id == 10
+
+
+def test_a_file_is_read(run_file: Path) -> None:
+    assert load_run(run_file) == load_run(load_toml(run_file))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"speed": {}}, ConfigError, "unknown key 'speed'"),
+        (
+            {"model": {"hiden_size": 8}},
+            ConfigError,
+            "'model.hiden_size'; did you mean 'hidden_size'",
+        ),
+        ({"model": 3}, ConfigError, r"model: found 3, expected a table: \[model\]"),
+        ({"training": []}, ConfigError, r"training: found \[\], expected a table"),
+        ({"training": {"steps": 1, "schedule": 2}}, ConfigError, "schedule: found 2, expected"),
+        ({"data": {"tokenizer": "nothing.json"}}, DataError, "no tokenizer at nothing.json"),
+        (
+            {"model": {**SMALLEST["model"], "vocab_size": 256}},
+            DataError,
+            "the tokenizer has 257 ids, the model's vocabulary 256: set .* to 257 or more",
+        ),
+    ],
+)
+def test_a_file_that_is_wrong(
+    changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        load_run({**SMALLEST, **changes})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        ({"layout.ep": "3"}, LayoutError, "8 is not a multiple of etp.ep.pp = 1.3.1 = 3"),
+        ({"layout.ep": "8"}, MoEConfigError, "num_experts=4 cannot be split over ep=8"),
+        (
+            {"training.global_batch_size": "12"},
+            ConfigError,
+            r"global_batch_size=12 is not a multiple of dp \* microbatch_size = 8 \* 1 = 8",
+        ),
+        (
+            {"layout.pp": "4"},
+            ConfigError,
+            "1F1B over 4 pipeline ranks needs at least 4 microbatches in a step, found 2",
+        ),
+        (
+            {"layout.pp": "4", "training.global_batch_size": "8"},
+            MoEConfigError,
+            "num_layers=2 cannot fill 4 pipeline stages",
+        ),
+    ],
+)
+def test_check_names_what_does_not_fit(
+    overrides: dict[str, str], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        check(load_run(SMALLEST, overrides), 8)
+
+
+def test_check_gives_the_layout() -> None:
+    layout = check(load_run(SMALLEST, {"layout.tp": "2", "layout.ep": "4"}), 8)
+    assert (layout.world_size, layout.tp, layout.dp, layout.ep, layout.edp) == (8, 2, 4, 4, 2)
+
+
+# ---- what a run does -----------------------------------------------------------------------
+
+
+def test_heldout_text_is_never_trained_on(run_file: Path) -> None:
+    config = load_run(run_file, ONE_RANK)
+    trainer = make_trainer(config, Topology.local(), None)
+    num_batches = -(-trainer.batches.num_windows // config.training.global_batch_size)
+    epoch = torch.cat([trainer.batches.batch(step)[0] for step in range(num_batches)])
+    heldout = text_of(config.data.prepare(ByteTokenizer()).tokens("heldout")[:])
+    trained = set(re.findall(r"mark\d+", " ".join(map(text_of, epoch))))
+    assert len(trained) >= 10  # some marks lie across two windows
+    assert re.findall(r"mark\d+", heldout)
+    assert not trained & set(re.findall(r"mark\d+", heldout))
+    windows = [row for inputs, _ in trainer.heldout for row in inputs]
+    assert len(windows) == 8
+    assert all(text_of(window) in heldout for window in windows)
+
+
+def text_of(ids: Any) -> str:
+    return ByteTokenizer().decode(ids)
+
+
+def test_what_a_run_writes(run_file: Path, finished_run: Path) -> None:
+    config = load_run(run_file)
+    assert read_run(finished_run) == config
+    assert Checkpoints(finished_run / "checkpoints").steps() == [3, 6]
+    assert (finished_run / "loss.png").stat().st_size > 1000
+    steps = [record for record in records(finished_run) if "loss" in record]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
+    tokens = 8 * 16
+    for record in steps:
+        assert all(math.isfinite(value) for value in record.values())
+        assert record["learning_rate"] == 1e-2
+        assert record["tokens_per_second"] == pytest.approx(tokens / record["seconds"])
+        assert 1 <= record["load_max_over_mean"] <= record["load_max_over_mean_worst"] <= 4
+        assert 0.01 < record["aux_loss"] < 0.05
+        assert 0 < record["z_loss"] < 1
+    assert steps[0]["loss"] == pytest.approx(math.log(257), rel=0.05)
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.2
+
+
+def test_bits_are_of_bytes(run_file: Path, finished_run: Path) -> None:
+    dataset = load_run(run_file).data.prepare(ByteTokenizer())
+    for record in records(finished_run):
+        for split, loss, bits in (
+            ("train", "loss", "bits_per_byte"),
+            ("heldout", "heldout_loss", "heldout_bits_per_byte"),
+        ):
+            if loss in record:
+                # An end-of-text token is a token and no byte.
+                per_byte = dataset.num_tokens(split) / dataset.num_bytes[split]
+                assert 1 < per_byte < 1.02
+                assert record[bits] == pytest.approx(record[loss] / math.log(2) * per_byte)
+    heldout = [record for record in records(finished_run) if "heldout_loss" in record]
+    assert [record["step"] for record in heldout] == [2, 4, 6]
+
+
+def test_summary_of_the_routers() -> None:
+    sums = {
+        "aux_loss": torch.tensor(3.0),
+        "z_loss": torch.tensor(0.5),
+        "load.0": torch.tensor([6.0, 2.0, 0.0, 0.0]),
+        "load.10": torch.tensor([2.0, 2.0, 2.0, 2.0]),
+    }
+    assert summarise(sums, 2) == {
+        "aux_loss": 1.5,
+        "z_loss": 0.25,
+        "load_max_over_mean": 2.0,
+        "load_max_over_mean_worst": 3.0,
+    }
+    assert summarise({}, 2) == {}
+
+
+# ---- going on ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def killed_run(run_file: Path) -> Path:
+    """A run of which rank 5 was killed in the fifth step, two after the last checkpoint."""
+    folder, train_step = run_file.parent / "killed", Trainer.train_step
+
+    def die(trainer: Trainer) -> bool:
+        if (trainer.topology.world_rank, trainer.step) == (5, 4):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return train_step(trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", die)
+        assert train(run_file, folder, 8, {}) == 1
+    return folder
+
+
+def train(run_file: Path, folder: Path, nproc: int, overrides: Mapping[str, str]) -> int:
+    words = ["train", "--config", str(run_file), "--run", str(folder), "--nproc", str(nproc)]
+    return main([*words, *arguments(overrides)])
+
+
+def copy_of(run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+def test_a_killed_rank_ends_the_job(
+    run_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def die(trainer: Trainer) -> bool:
+        if trainer.topology.world_rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(600)  # as in a collective that waits for the other rank
+        return False
+
+    monkeypatch.setattr(Trainer, "train_step", die)
+    start = time.monotonic()
+    assert train(run_file, tmp_path, 2, TWO_RANKS) == 1
+    assert time.monotonic() - start < 30
+    error = capfd.readouterr().err
+    assert error.startswith("fivefold-moe: error: rank 1 of 2 was killed by signal 9 (SIGKILL)")
+    assert error.count("\n") == 1
+
+
+def test_a_killed_run_keeps_its_checkpoint(killed_run: Path) -> None:
+    assert Checkpoints(killed_run / "checkpoints").steps() == [3]
+    assert [record["step"] for record in records(killed_run) if "loss" in record][:3] == [1, 2, 3]
+
+
+def test_the_same_layout_goes_on_exactly(
+    run_file: Path, finished_run: Path, killed_run: Path, tmp_path: Path
+) -> None:
+    run = copy_of(killed_run, tmp_path)
+    assert train(run_file, run, 8, {}) == 0
+    assert losses(run) == losses(finished_run)
+    norms = [[r["grad_norm"] for r in records(x) if "grad_norm" in r] for x in (run, finished_run)]
+    assert norms[0] == norms[1]
+
+
+@pytest.mark.parametrize(
+    ("nproc", "overrides"),
+    [
+        (8, {"layout.cp": "2", "layout.etp": "2", "layout.ep": "4", "layout.pp": "1"}),
+        (4, {"layout.tp": "1", "layout.pp": "2", "layout.etp": "2", "layout.ep": "1"}),
+        (2, TWO_RANKS),
+        (1, ONE_RANK),
+    ],
+)
+def test_another_layout_goes_on(
+    nproc: int,
+    overrides: dict[str, str],
+    run_file: Path,
+    finished_run: Path,
+    killed_run: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    run = copy_of(killed_run, tmp_path)
+    assert train(run_file, run, nproc, overrides) == 0
+    assert "going on after step 3\n" in capfd.readouterr().err
+    expected = losses(finished_run)
+    assert losses(run) == pytest.approx(expected, abs=1e-5, rel=0)
+    assert {k: v for k, v in losses(run).items() if k[0] <= 2} == {
+        k: v for k, v in expected.items() if k[0] <= 2
+    }
+
+
+def test_a_finished_run_is_left_as_it_is(
+    run_file: Path, finished_run: Path, tmp_path: Path
+) -> None:
+    run = copy_of(finished_run, tmp_path)
+    assert train(run_file, run, 1, ONE_RANK) == 0
+    assert Checkpoints(run / "checkpoints").steps() == [3, 6]
+    assert losses(run) == pytest.approx(losses(finished_run), abs=1e-5, rel=0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"training.global_batch_size": "16", "training.seed": "4"},
+            "step-00000006 is of a run with global_batch_size=8, seed=0, this one has "
+            "global_batch_size=16, seed=4; resume with the same values, or train into another",
+        ),
+        ({"data.heldout_fraction": "0.1"}, "is of a run with data="),
+        ({"model.hidden_size": "32"}, "cannot be loaded into this model: "),
+        ({"model.num_layers": "3"}, "cannot be loaded into this model: "),
+    ],
+)
+def test_a_run_of_other_data_or_shape_does_not_go_on(
+    overrides: dict[str, str],
+    message: str,
+    run_file: Path,
+    finished_run: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    run = copy_of(finished_run, tmp_path)
+    assert train(run_file, run, 1, ONE_RANK | overrides) == 1
+    error = capfd.readouterr().err
+    assert error.startswith("fivefold-moe: error: rank 0 of 1: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert losses(run) == losses(finished_run)
+    assert read_run(run) == read_run(finished_run)

@@ -1,0 +1,111 @@
+"""From a constructor to what one rank holds, on one rank; many ranks are in test_parallelize."""
+
+import pytest
+import torch
+
+from fivefold.parallel_core.build import build, make_runner
+from fivefold.parallel_core.errors import ConfigError
+from fivefold.parallel_core.pipeline import LocalRunner, PipelineConfig
+from fivefold.parallel_core.styles import Replicate
+from fivefold.parallel_core.topology import Topology
+
+from .rig import DOUBLE
+from .toy import HEAD, TAIL, Toy, ToyConfig, plan, rule
+
+CONFIG = ToyConfig(num_experts=2)
+
+
+def made(**options: object) -> Toy:
+    """What ``build`` makes of the toy here."""
+    model = build(
+        lambda: Toy(CONFIG), Topology.local(), plan(CONFIG), head=HEAD, tail=TAIL, **options
+    )  # type: ignore[arg-type]
+    (part,) = model.parts
+    assert isinstance(part, Toy)
+    return part
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({}, torch.float32),
+        ({"dtype": torch.bfloat16}, torch.bfloat16),
+        ({"precision": DOUBLE}, torch.float64),
+    ],
+)
+def test_parameters_have_storage_in_the_dtype_asked_for(
+    options: dict[str, object], dtype: torch.dtype
+) -> None:
+    part = made(**options)
+    assert {p.dtype for p in part.parameters()} == {dtype}
+    assert {p.device.type for p in part.parameters()} == {"cpu"}
+
+
+def test_the_whole_model_is_never_made_off_the_meta_device() -> None:
+    devices = set()
+
+    def make() -> Toy:
+        model = Toy(CONFIG)
+        devices.update(p.device.type for p in model.parameters())
+        return model
+
+    build(make, Topology.local(), plan(CONFIG), head=HEAD, tail=TAIL)
+    assert devices == {"meta"}
+
+
+def test_one_table_and_one_list_of_pieces_for_the_model() -> None:
+    model = build(lambda: Toy(CONFIG), Topology.local(), plan(CONFIG), head=HEAD, tail=TAIL)
+    model.initialise(rule, 3)
+    names = [name for name, _ in Toy(CONFIG).named_parameters()]
+    assert [piece.name for piece in model.pieces()] == names
+    assert set(model.table) == set(names)
+    assert all(piece.tensor.isfinite().all() for piece in model.pieces())
+
+
+def test_a_pattern_for_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"layer\.\*\.norm name no module of Toy"):
+        build(
+            lambda: Toy(CONFIG),
+            Topology.local(),
+            {**plan(CONFIG), "layer.*.norm": Replicate()},
+            head=HEAD,
+            tail=TAIL,
+        )
+
+
+def test_side_outputs_of_all_parts_are_weighed_and_drained_together() -> None:
+    model = build(lambda: Toy(CONFIG), Topology.local(), plan(CONFIG), head=HEAD, tail=TAIL)
+    other = Toy(CONFIG)
+    model = type(model)([*model.parts, other, torch.nn.Linear(2, 2)], model.table, model.topology)
+    model.weigh_side_losses(0.5)
+    sides = [part.side for part in model.parts[:2]]
+    assert [side.weight for side in sides] == [0.5, 0.5]
+    sides[0].count("aux", torch.tensor(1.0))
+    sides[1].count("aux", torch.tensor(2.0))
+    sides[1].count("z", torch.tensor(4.0))
+    assert {k: v.item() for k, v in model.drain_side_outputs().items()} == {"aux": 3.0, "z": 4.0}
+    assert model.drain_side_outputs() == {}
+
+
+def test_training_mode_reaches_every_part() -> None:
+    model = build(lambda: Toy(CONFIG), Topology.local(), plan(CONFIG), head=HEAD, tail=TAIL)
+    model.train(False)
+    assert not any(module.training for part in model.parts for module in part.modules())
+    model.train()
+    assert all(module.training for part in model.parts for module in part.modules())
+
+
+def test_one_stage_is_run_here() -> None:
+    model = build(lambda: Toy(CONFIG), Topology.local(), plan(CONFIG), head=HEAD, tail=TAIL)
+    runner = make_runner(
+        model,
+        PipelineConfig(),
+        num_microbatches=3,
+        microbatch_size=1,
+        sequence_length=4,
+        hidden_size=CONFIG.hidden_size,
+        vocab_size=CONFIG.vocab_size,
+        dtype=torch.float32,
+    )
+    assert isinstance(runner, LocalRunner)
+    assert runner.num_microbatches == 3
