@@ -16,7 +16,7 @@ from fivefold.moe import MoEForCausalLM
 from fivefold.moe.errors import MoEConfigError
 from fivefold.parallel_core.hub import SafetensorsReader
 from fivefold.parallel_core.inference import whole_logits
-from fivefold.parallel_core.launch import launch
+from fivefold.parallel_core.launcher import launch
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.topology import Topology
 

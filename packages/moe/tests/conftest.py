@@ -106,3 +106,11 @@ def finished_run(run_file: Path) -> Path:
     folder = run_file.parent / "finished"
     assert main(["train", "--config", str(run_file), "--run", str(folder), "--nproc", "8"]) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def exported_run(finished_run: Path) -> Path:
+    """That run's model in Hugging Face form; only to be read."""
+    folder = finished_run.parent / "model"
+    assert main(["export", "--run", str(finished_run), "--output", str(folder)]) == 0
+    return folder

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fivefold.moe.dispatch import TokenDispatcher
 from fivefold.moe.experts import Experts
 from fivefold.moe.folded import FoldedDispatcher, folded_dispatcher
-from fivefold.parallel_core.launch import launch
+from fivefold.parallel_core.launcher import launch
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.ledger import CommLedger
 from fivefold.parallel_core.topology import Topology

@@ -19,7 +19,7 @@ from fivefold.parallel_core import hub
 from fivefold.parallel_core.box import Box
 from fivefold.parallel_core.errors import CheckpointError
 from fivefold.parallel_core.inference import whole_logits
-from fivefold.parallel_core.launch import launch
+from fivefold.parallel_core.launcher import launch
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.topology import Topology
 

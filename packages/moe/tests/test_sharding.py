@@ -8,7 +8,7 @@ import pytest
 from fivefold.moe import MoEConfig, MoEForCausalLM, sharding
 from fivefold.moe.errors import MoEConfigError
 from fivefold.parallel_core.data_parallel import Precision
-from fivefold.parallel_core.launch import launch
+from fivefold.parallel_core.launcher import launch
 from fivefold.parallel_core.layout import Layout
 
 from .law import DOUBLE, MODEL, STEPS, Case, Record, Verdict, judge, plain_run, with_model

@@ -1,4 +1,4 @@
-"""From a constructor to what one rank holds, on one rank; many ranks are in test_parallelize."""
+"""From a constructor to what one rank holds, on one rank; many ranks are in test_plan."""
 
 import pytest
 import torch

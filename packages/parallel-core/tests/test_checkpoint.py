@@ -16,7 +16,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from fivefold.parallel_core.box import Box
 from fivefold.parallel_core.checkpoint import Checkpoints, TensorPart, load_parts, read_state
 from fivefold.parallel_core.errors import CheckpointError, RankError
-from fivefold.parallel_core.launch import launch
+from fivefold.parallel_core.launcher import launch
 from fivefold.parallel_core.training.optimizer import part_of
 
 from .rig import Case, Job, Record, make_job, parallel_run, worst

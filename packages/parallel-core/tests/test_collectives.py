@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fivefold.parallel_core import collectives
 from fivefold.parallel_core.collectives import DECLARED, piece_size
-from fivefold.parallel_core.launch import launch
+from fivefold.parallel_core.launcher import launch
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.ledger import CommLedger
 from fivefold.parallel_core.topology import Axis, Topology

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fivefold.parallel_core._compat import all_gather_single, reduce_scatter_single
-from fivefold.parallel_core.launch import launch
+from fivefold.parallel_core.launcher import launch
 
 
 def _gather(async_op: bool) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fivefold.parallel_core.collectives import piece_along
 from fivefold.parallel_core.context import GatheredContext, OffsetPositions
-from fivefold.parallel_core.launch import launch
+from fivefold.parallel_core.launcher import launch
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.ledger import CommLedger
 from fivefold.parallel_core.topology import Axis, Topology

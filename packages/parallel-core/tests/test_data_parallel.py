@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from fivefold.parallel_core.config import replace
 from fivefold.parallel_core.data_parallel import Precision, _dim_to_shard, shard_data
 from fivefold.parallel_core.errors import ConfigError, LayoutError
-from fivefold.parallel_core.launch import launch
+from fivefold.parallel_core.launcher import launch
 from fivefold.parallel_core.ledger import CommLedger
 from fivefold.parallel_core.parameters import ParameterTable
 

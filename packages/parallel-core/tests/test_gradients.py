@@ -14,7 +14,7 @@ from torch.distributed.pipelining import Schedule1F1B
 from fivefold.parallel_core import collectives, pipeline, tensor_parallel
 from fivefold.parallel_core.build import ParallelModel
 from fivefold.parallel_core.gradients import clip, global_norm, sum_partial
-from fivefold.parallel_core.launch import launch
+from fivefold.parallel_core.launcher import launch
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.ledger import CommLedger
 from fivefold.parallel_core.parameters import ParameterTable, Piece, Placement
@@ -116,7 +116,7 @@ def test_gradients_are_summed_over_their_partial_axes_in_few_messages() -> None:
 
 # ---- mutations -----------------------------------------------------------------------------
 #
-# Each takes one thing away that parallel training needs. The equality check that test_parallelize
+# Each takes one thing away that parallel training needs. The equality check that test_plan
 # stands on must notice it, or that check proves nothing.
 
 FOLDED = Case(

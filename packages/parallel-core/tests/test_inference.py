@@ -6,7 +6,7 @@ import torch
 from fivefold.parallel_core.build import build
 from fivefold.parallel_core.errors import ConfigError
 from fivefold.parallel_core.inference import whole_logits
-from fivefold.parallel_core.launch import launch
+from fivefold.parallel_core.launcher import launch
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.topology import Topology
 

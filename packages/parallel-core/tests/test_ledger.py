@@ -9,7 +9,7 @@ from torch import nn
 
 from fivefold.parallel_core.collectives import all_gather, exchange_rows
 from fivefold.parallel_core.data_parallel import Precision, shard_data
-from fivefold.parallel_core.launch import launch
+from fivefold.parallel_core.launcher import launch
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.ledger import CommLedger, Entry, labelled
 from fivefold.parallel_core.parameters import ParameterTable, Placement

@@ -14,10 +14,10 @@ from fivefold.parallel_core.box import Box
 from fivefold.parallel_core.build import build
 from fivefold.parallel_core.data_parallel import Precision
 from fivefold.parallel_core.errors import ConfigError
-from fivefold.parallel_core.launch import launch
+from fivefold.parallel_core.launcher import launch
 from fivefold.parallel_core.layout import Layout
-from fivefold.parallel_core.parallelize import parallelize
 from fivefold.parallel_core.parameters import ParameterTable, Piece, Placement, initialise
+from fivefold.parallel_core.plan import parallelize
 from fivefold.parallel_core.topology import Topology
 
 from .imagined import imagined

@@ -1,6 +1,6 @@
 """Pipelines: which layers go where, what cannot run, and what the runners do beside training.
 
-That training through stages equals one process is in test_parallelize.
+That training through stages equals one process is in test_plan.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fivefold.parallel_core.errors import ConfigError
-from fivefold.parallel_core.launch import launch
+from fivefold.parallel_core.launcher import launch
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.ledger import CommLedger
 from fivefold.parallel_core.pipeline import LocalRunner, PipelineConfig, deal_layers, keep_stage

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fivefold.parallel_core.collectives import piece_along, sum_over
-from fivefold.parallel_core.launch import launch
+from fivefold.parallel_core.launcher import launch
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.ledger import CommLedger
 from fivefold.parallel_core.linear_group import LinearGroup

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fivefold.parallel_core.launch import launch
+from fivefold.parallel_core.launcher import launch
 from fivefold.parallel_core.layout import Layout, LayoutError
 from fivefold.parallel_core.topology import AXES, Topology
 

@@ -1,4 +1,4 @@
-"""AdamW on pieces; that layouts do not change it is in test_parallelize and test_checkpoint."""
+"""AdamW on pieces; that layouts do not change it is in test_plan and test_checkpoint."""
 
 from pathlib import Path
 

@@ -14,7 +14,7 @@ from fivefold.moe.train import RunConfig, check, load_run, train_rank
 from fivefold.parallel_core.commands import INTERRUPTED
 from fivefold.parallel_core.errors import ConfigError, LayoutError
 from fivefold.parallel_core.hub import resolve
-from fivefold.parallel_core.launch import connect, disconnect, launch, under_torchrun
+from fivefold.parallel_core.launcher import connect, disconnect, launch, under_torchrun
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.training.loop import Outcome
 from fivefold.parallel_core.training.tokenizer import Tokenizer, load_tokenizer

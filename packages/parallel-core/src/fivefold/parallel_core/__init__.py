@@ -12,11 +12,11 @@ if TYPE_CHECKING:
         ParallelError,
         RankError,
     )
-    from fivefold.parallel_core.launch import launch
+    from fivefold.parallel_core.launcher import launch
     from fivefold.parallel_core.layout import Layout
     from fivefold.parallel_core.ledger import CommLedger
-    from fivefold.parallel_core.parallelize import parallelize
     from fivefold.parallel_core.parameters import ParameterTable
+    from fivefold.parallel_core.plan import parallelize
     from fivefold.parallel_core.topology import Topology
 
 __all__ = [
@@ -45,8 +45,8 @@ _HOMES = {
     "ParameterTable": "parameters",
     "RankError": "errors",
     "Topology": "topology",
-    "launch": "launch",
-    "parallelize": "parallelize",
+    "launch": "launcher",
+    "parallelize": "plan",
 }
 
 
@@ -55,6 +55,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    # Kept, because importing the submodule put it under its own name: ``launch`` is both.
+    # Kept, so that the next use finds it at once.
     globals()[name] = value
     return value

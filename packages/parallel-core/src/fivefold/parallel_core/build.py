@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from fivefold.parallel_core.data_parallel import Precision
 from fivefold.parallel_core.losses import SideOutputs
-from fivefold.parallel_core.parallelize import check_plan, parallelize, tie
 from fivefold.parallel_core.parameters import ParameterTable, Piece, initialise
 from fivefold.parallel_core.pipeline import (
     LocalRunner,
@@ -17,6 +16,7 @@ from fivefold.parallel_core.pipeline import (
     Runner,
     keep_stage,
 )
+from fivefold.parallel_core.plan import check_plan, parallelize, tie
 from fivefold.parallel_core.styles import Plan
 from fivefold.parallel_core.topology import Topology
 

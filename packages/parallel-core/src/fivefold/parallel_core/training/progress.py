@@ -9,6 +9,7 @@ from typing import Any, Self, TextIO
 
 _LABELS = {
     "loss": "loss",
+    "bits_per_byte": "bits/byte",
     "heldout_loss": "held-out",
     "tokens_per_second": "tokens/s",
     "load_max_over_mean": "balance",

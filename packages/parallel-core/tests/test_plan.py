@@ -10,11 +10,11 @@ from torch import nn
 
 from fivefold.parallel_core.data_parallel import Precision
 from fivefold.parallel_core.errors import ConfigError
-from fivefold.parallel_core.launch import launch
+from fivefold.parallel_core.launcher import launch
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.ledger import CommLedger
-from fivefold.parallel_core.parallelize import check_plan, parallelize, tie
 from fivefold.parallel_core.pipeline import keep_stage
+from fivefold.parallel_core.plan import check_plan, parallelize, tie
 from fivefold.parallel_core.styles import ColumnParallel, GatherContext, Replicate, RowParallel
 from fivefold.parallel_core.topology import Topology
 

@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
-from fivefold.parallel_core._forked import ForkedRank, Ranks
-from fivefold.parallel_core._rank import STACK_SIGNAL, Failure
 from fivefold.parallel_core.errors import RankError
+from fivefold.parallel_core.launcher.forked import ForkedRank, Ranks
+from fivefold.parallel_core.launcher.rank import STACK_SIGNAL, Failure
 
 _POLL = 0.05  # seconds between looks at signals, deadlines and dead ranks
 _SETTLE = 0.2  # seconds in which an earlier failure may still be on its way

@@ -10,8 +10,8 @@ from typing import Any, TypeVar, TypeVarTuple
 import torch
 import torch.distributed as dist
 
-from fivefold.parallel_core._rank import TORCHRUN, Job, identity, use_loopback
 from fivefold.parallel_core.errors import ConfigError, ParallelError
+from fivefold.parallel_core.launcher.rank import TORCHRUN, Job, identity, use_loopback
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -64,8 +64,8 @@ def launch(
     """
     _check(world_size, timeout, threads_per_rank, collective_timeout, init)
     # Only now: these modules need what only a platform with fork has.
-    from fivefold.parallel_core._forked import forked_ranks
-    from fivefold.parallel_core._supervise import Supervisor, counted_signals
+    from fivefold.parallel_core.launcher.forked import forked_ranks
+    from fivefold.parallel_core.launcher.supervise import Supervisor, counted_signals
 
     job = Job(
         world_size=world_size,

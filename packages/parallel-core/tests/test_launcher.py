@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fivefold.parallel_core import _rank
 from fivefold.parallel_core.errors import ConfigError, ParallelError, RankError
-from fivefold.parallel_core.launch import connect, disconnect, launch, under_torchrun
+from fivefold.parallel_core.launcher import connect, disconnect, launch, under_torchrun
+from fivefold.parallel_core.launcher import rank as rank_module
 
 LONG = 120.0  # seconds; no test waits that long, it only ends one that hangs
 
@@ -209,7 +209,7 @@ class TestFailure:
             if dist.get_rank() != 1:
                 dist.barrier()
 
-        monkeypatch.setattr(_rank, "_LINGER", 0.2)
+        monkeypatch.setattr(rank_module, "_LINGER", 0.2)
         message = _failure(work, 3)
         assert "gloo" in message
         assert "(ranks [1] had returned before; did they skip a collective?)" in message
@@ -383,7 +383,7 @@ def _plain(folder: Path) -> None:
 SCRIPT = """
 import pathlib, sys, signal
 sys.path.insert(0, {tests!r})
-from test_launch import _steps, launch
+from test_launcher import _steps, launch
 print(launch(_steps, 2, pathlib.Path({folder!r}), timeout=60, on_interrupt=print))
 """
 

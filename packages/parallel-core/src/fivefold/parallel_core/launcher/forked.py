@@ -16,7 +16,8 @@ from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
-from fivefold.parallel_core._rank import (
+from fivefold.parallel_core.errors import RankError
+from fivefold.parallel_core.launcher.rank import (
     FAILURE,
     HEADER,
     Failure,
@@ -24,7 +25,6 @@ from fivefold.parallel_core._rank import (
     Origin,
     run_rank,
 )
-from fivefold.parallel_core.errors import RankError
 
 _CHUNK = 1 << 20
 _ENTRY = f'{run_rank.__code__.co_filename}"'
