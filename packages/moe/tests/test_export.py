@@ -83,3 +83,16 @@ def test_a_damaged_checkpoint_is_passed_over(finished_run: Path, tmp_path: Path)
     with pytest.raises(CheckpointError, match=rf"{file.name} has \d+ bytes; .* with \d+ bytes"):
         load_run_model(run, 6)
     assert Checkpoints(run / "checkpoints").steps() == [3, 6]
+
+
+def test_the_tokenizer_is_the_runs_own_copy(finished_run: Path, tmp_path: Path) -> None:
+    run, output = tmp_path / "run", tmp_path / "model"
+    shutil.copytree(finished_run, run)
+    plain = json.loads((run / "run.json").read_text())
+    plain["data"]["tokenizer"] = "moved/away.json"
+    (run / "run.json").write_text(json.dumps(plain))
+    export_run(run, output)
+    assert FileTokenizer(output).encode("é").tolist() == [195, 169]
+    shutil.rmtree(run / "tokenizer")
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        export_run(run, output)

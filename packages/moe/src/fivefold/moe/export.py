@@ -1,12 +1,13 @@
 """From a run's checkpoint to a model in Hugging Face form."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
 
 from fivefold.moe.model import MoEForCausalLM
-from fivefold.moe.train import CHECKPOINTS, RUN_FILE, RunConfig
+from fivefold.moe.train import CHECKPOINTS, RUN_FILE, TOKENIZER, RunConfig
 from fivefold.parallel_core.checkpoint import Checkpoints, TensorPart, load_parts, read_state
 from fivefold.parallel_core.errors import CheckpointError
 from fivefold.parallel_core.parameters import ParameterTable
@@ -89,6 +90,10 @@ def export_run(
         The number of steps that the model was trained for.
     """
     model, found = load_run_model(run, step, dtype)
-    read_run(run).data.load_tokenizer().save(output)
+    try:
+        # The run's own copy: the file it was made from may have moved since.
+        shutil.copytree(run / TOKENIZER, output, dirs_exist_ok=True)
+    except (OSError, shutil.Error) as error:
+        raise CheckpointError(f"the tokenizer of {run} cannot be copied: {error}") from None
     model.save_pretrained(output, max_shard_size)
     return found

@@ -28,6 +28,7 @@ from fivefold.parallel_core.training.tokens import TokenDataset, prepare
 
 CHECKPOINTS = "checkpoints"
 RUN_FILE = "run.json"
+TOKENIZER = "tokenizer"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -278,7 +279,9 @@ def train_rank(config: RunConfig, folder: Path, tensorboard: bool = False) -> Ou
         return trainer.fit()
     plain = config.to_dict()
     write_json(folder / RUN_FILE, plain)
-    dataset = config.data.prepare(config.data.load_tokenizer())
+    tokenizer = config.data.load_tokenizer()
+    tokenizer.save(folder / TOKENIZER)
+    dataset = config.data.prepare(tokenizer)
     with RunReport(folder, config.training.steps, step, plain, tensorboard) as report:
         trainer.report = _in_bits(report, dataset)
         return trainer.fit()
