@@ -158,6 +158,62 @@ def test_all_ranks_of_torchrun_end_alike(
     rank: int, finished: bool, status: int, run_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(commands, "under_torchrun", lambda: True)
+    monkeypatch.setattr(commands, "place", lambda: (rank, 1))
     monkeypatch.setattr(commands, "connect", lambda: (rank, 1))
     monkeypatch.setattr(commands, "train_rank", lambda *_: Outcome(3, finished, None))
     assert main(["train", "--config", str(run_file), *arguments(ONE_RANK)]) == status
+
+
+def test_one_rank_of_torchrun_says_what_is_wrong_before_they_meet(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def meet() -> None:
+        raise AssertionError("the ranks have met")
+
+    monkeypatch.setattr(commands, "under_torchrun", lambda: True)
+    monkeypatch.setattr(commands, "connect", meet)
+    for rank, lines in ((0, 1), (1, 0)):
+        monkeypatch.setattr(commands, "place", lambda rank=rank: (rank, 3))
+        assert main(["train", "--config", str(run_file), *arguments(TWO_RANKS)]) == 1
+        assert capsys.readouterr().err.strip().count("error: ") == lines
+
+
+def test_ctrl_c_saves_under_torchrun(run_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    # What torchrun does for one rank, without the seconds that it takes.
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    steps = {"training.steps": "1000000", "training.checkpoint_every": "1000000"}
+    words = ["train", "--config", str(run_file), "--run", str(run)]
+    process = subprocess.Popen(
+        [*COMMAND, *words, *arguments(ONE_RANK | steps)],
+        env=os.environ | place,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        wait_for_steps(run, 3, process)
+        os.killpg(process.pid, signal.SIGINT)  # by the terminal,
+        os.killpg(process.pid, signal.SIGINT)  # and again by torchrun
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    said = re.search(r"stopped after step (\d+); run the same command again to go on\n$", out)
+    assert said
+    assert Checkpoints(run / "checkpoints").steps() == [int(said[1])]
+
+
+def test_a_run_that_diverges_ends_and_keeps_what_was_good(
+    run_file: Path, finished_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    words = ["train", "--config", str(run_file), "--run", str(run)]
+    more = {"training.steps": "20", "training.schedule.learning_rate": "1e30"}
+    assert main([*words, *arguments(ONE_RANK | more)]) == 1
+    error = capfd.readouterr().err
+    assert re.search(r"rank 0 of 1: step \d+: the norm of the gradient is nan", error)
+    assert Checkpoints(run / "checkpoints").steps() == [3, 6]

@@ -55,3 +55,22 @@ def test_some_of_the_experts() -> None:
     x = torch.randn(5, 6, dtype=torch.float64)
     found = part(x, torch.tensor([2, 3]))
     assert torch.equal(found, module(x, torch.tensor([0, 2, 3])))
+
+
+def test_starts_from_drawn_weights() -> None:
+    torch.manual_seed(5)
+    module = Experts(4, 40, 30, initializer_range=0.3)
+    first = [parameter.detach().clone() for parameter in module.parameters()]
+    assert all(0.28 < value.std() < 0.32 and abs(value.mean()) < 0.02 for value in first)
+    assert all(0.018 < value.std() < 0.022 for value in Experts(4, 40, 30).parameters())
+    torch.manual_seed(5)
+    module.reset_parameters()
+    assert all(map(torch.equal, module.parameters(), first))
+
+
+def test_nothing_is_drawn_on_meta() -> None:
+    state = torch.get_rng_state()
+    with torch.device("meta"):
+        module = Experts(1 << 10, 1 << 14, 1 << 14)
+    assert all(parameter.is_meta for parameter in module.parameters())
+    assert torch.equal(torch.get_rng_state(), state)

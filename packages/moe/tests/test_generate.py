@@ -95,7 +95,7 @@ def test_streamer_and_modes(tiny: Make) -> None:
     [
         ([[1, 48]], {}, "from 1 to 48; the vocabulary has ids 0 to 47"),
         ([[-1]], {}, "from -1 to -1"),
-        ([1, 2], {}, r"shape \(2,\); it must be \(batch, at least 1 token\)"),
+        ([1, 2], {}, r"shape \(2,\); it must be \(at least 1 sequence, at least 1 token\)"),
         ([[]], {}, r"shape \(1, 0\)"),
         ([[1]], {"max_new_tokens": -1}, "max_new_tokens -1"),
         ([[1]], {"temperature": 0.0}, r"temperature 0\.0: it must be above 0"),
@@ -116,3 +116,10 @@ def test_a_stage_cannot_generate(tiny: Make) -> None:
     model.lm_head = None
     with pytest.raises(MoEInputError, match="pipeline stage"):
         model.generate(torch.tensor([[1]]), 2)
+
+
+@pytest.mark.parametrize("length", [0, 3])
+def test_no_sequences(tiny: Make, length: int) -> None:
+    message = rf"input_ids has shape \(0, {length}\); it must be \(at least 1 sequence, "
+    with pytest.raises(MoEInputError, match=message):
+        MoEForCausalLM(tiny()).generate(torch.empty(0, length, dtype=torch.int64), 2)

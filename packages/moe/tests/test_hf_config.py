@@ -100,3 +100,30 @@ def test_missing_key() -> None:
     short = {key: value for key, value in MIXTRAL_8X7B.items() if key != "hidden_size"}
     with pytest.raises(MoEConfigError, match=r"config\.json has no 'hidden_size'"):
         MoEConfig.from_hf(short)
+
+
+@pytest.mark.parametrize(
+    "key", ["rope_theta", "rope_parameters", "rope_scaling", "router_aux_loss_coef"]
+)
+def test_null_is_as_good_as_absent(key: str) -> None:
+    absent = {name: value for name, value in MIXTRAL_8X7B.items() if name != key}
+    assert MoEConfig.from_hf(absent | {key: None}) == MoEConfig.from_hf(absent)
+
+
+def test_nulls_inside_rope_parameters() -> None:
+    rope = {"rope_type": None, "rope_theta": None}
+    config = MoEConfig.from_hf(MIXTRAL_8X7B | {"rope_theta": 5e4, "rope_parameters": rope})
+    assert config.rope_theta == 5e4
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("rope_theta", "1e6", "rope_theta is '1e6' in config.json; it must be a number or null"),
+        ("router_aux_loss_coef", [1], r"router_aux_loss_coef is \[1\]"),
+        ("rope_parameters", 3, "rope_parameters is 3 in config.json; it must be an object or null"),
+    ],
+)
+def test_values_of_another_kind_name_the_key(key: str, value: Any, message: str) -> None:
+    with pytest.raises(MoEConfigError, match=message):
+        MoEConfig.from_hf(MIXTRAL_8X7B | {key: value})

@@ -41,3 +41,13 @@ def test_losses_go_to_the_given_side(tiny: Callable[..., MoEConfig]) -> None:
         nn.init.normal_(parameter)
     layer(torch.randn(1, 4, 32))
     assert set(side.totals) == {"load.7", "aux_loss", "z_loss"}
+
+
+def test_starts_from_weights_of_the_configuration(tiny: Callable[..., MoEConfig]) -> None:
+    torch.manual_seed(5)
+    layer = MoELayer(tiny(initializer_range=0.1))
+    first = [parameter.detach().clone() for parameter in layer.parameters()]
+    assert len(first) == 3 and all(0.085 < value.std() < 0.115 for value in first)
+    torch.manual_seed(5)
+    layer.reset_parameters()
+    assert all(map(torch.equal, layer.parameters(), first))

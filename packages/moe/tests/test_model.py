@@ -1,3 +1,4 @@
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from fivefold.moe import MoEConfig, MoEForCausalLM
 from fivefold.moe.cache import KVCache
+from fivefold.moe.generate import generate
 
 Make = Callable[..., MoEConfig]
 Oracle = Callable[..., tuple[MoEForCausalLM, Any]]
@@ -186,3 +188,34 @@ def test_compiles(tiny: Make) -> None:
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     x = ids()
     torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_weights_of_the_experts_are_drawn_once(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[int, ...]] = []
+    normal = Tensor.normal_
+
+    def count(self: Tensor, *args: Any, **options: Any) -> Tensor:
+        if not self.is_meta:
+            drawn.append(tuple(self.shape))
+        return normal(self, *args, **options)
+
+    monkeypatch.setattr(Tensor, "normal_", count)
+    model = MoEForCausalLM(tiny(num_layers=3))
+    shapes = {tuple(p.shape) for p in model.layers["0"].mlp.parameters()}
+    assert len(shapes) == 3 and all(drawn.count(shape) == 3 for shape in shapes)
+
+
+def test_generate_spells_out_its_options() -> None:
+    """A method that drops or renames one of them would hide it from type checkers."""
+    method = inspect.signature(MoEForCausalLM.generate).parameters
+    function = inspect.signature(generate).parameters
+    assert list(method.values())[1:] == list(function.values())[1:]
+
+
+def test_generate_hands_its_options_on(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr("fivefold.moe.model.generate", lambda *_, **options: seen.update(options))
+    wanted: dict[str, Any] = {"do_sample": True, "temperature": 0.5, "top_k": 3, "top_p": 0.9}
+    wanted |= {"eos_token_id": 4, "generator": torch.Generator(), "streamer": print}
+    MoEForCausalLM(tiny()).generate(ids(), 2, **wanted)
+    assert seen == wanted

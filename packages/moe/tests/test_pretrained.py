@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from fivefold.moe import MoEConfig, MoEError, MoEForCausalLM
-from fivefold.moe.errors import MoEConfigError, MoEWeightsError
+from fivefold.moe.errors import MoEConfigError, MoEInputError, MoEWeightsError
 from fivefold.moe.hf import parameter_shapes
 from fivefold.moe.pretrained import load_parameters, read_config
 from fivefold.parallel_core import hub
@@ -255,3 +255,73 @@ def test_push_uploads_what_save_writes(tiny: Make, monkeypatch: pytest.MonkeyPat
     assert MoEForCausalLM(tiny()).push_to_hub("me/tiny", private=True) == "https://hub/me/tiny"
     assert pushed["repo"] == "me/tiny" and pushed["private"] is True
     assert {"config.json", "model.safetensors", "README.md"} <= pushed["names"]
+
+
+def describe(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def loaded_dtype(folder: Path, **options: Any) -> torch.dtype:
+    model = MoEForCausalLM.from_pretrained(folder, **options)
+    (dtype,) = {parameter.dtype for parameter in model.parameters()}
+    return dtype
+
+
+def narrow_but_routers(tensors: dict[str, Tensor]) -> None:
+    for name in tensors:
+        # Also the first tensor of the file, whose type must not decide.
+        if "gate" not in name and name != min(tensors):
+            tensors[name] = tensors[name].bfloat16()
+
+
+def test_the_type_of_most_elements(saved: Path) -> None:
+    rewrite(saved, narrow_but_routers)
+    describe(saved, dtype=None)
+    with hub.SafetensorsReader(saved) as reader:
+        assert reader.dtype(GATE) is torch.float32
+    assert loaded_dtype(saved) is torch.bfloat16
+    rewrite(saved, lambda t: t.update({"model.layers.1.x.rotary_emb.inv_freq": torch.ones(9999)}))
+    assert loaded_dtype(saved) is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("described", "wanted"),
+    [
+        ({"dtype": "float16"}, torch.float16),
+        ({"dtype": None, "torch_dtype": "torch.float64"}, torch.float64),
+        ({"dtype": "float32", "torch_dtype": "float16"}, torch.float32),
+    ],
+)
+def test_the_type_of_the_configuration(
+    saved: Path, described: dict[str, Any], wanted: torch.dtype
+) -> None:
+    rewrite(saved, narrow_but_routers)
+    describe(saved, **described)
+    assert loaded_dtype(saved) is wanted
+    assert loaded_dtype(saved, dtype="bfloat16") is torch.bfloat16
+
+
+def test_types_that_a_model_cannot_have(saved: Path) -> None:
+    for wrong in ("bf16", torch.int64, 16):
+        with pytest.raises(MoEInputError, match=rf"dtype is {wrong!r}; legal: float64, float32, b"):
+            MoEForCausalLM.from_pretrained(saved, dtype=wrong)  # type: ignore[arg-type]
+    describe(saved, dtype="int8")
+    with pytest.raises(MoEConfigError, match=r"dtype is 'int8' in config\.json; legal: float64"):
+        MoEForCausalLM.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_integer_weights_are_named(saved: Path, dtype: torch.dtype | None) -> None:
+    rewrite(saved, lambda t: t.update({GATE: t[GATE].to(torch.int8)}))
+    with pytest.raises(MoEWeightsError, match=rf"'{GATE}' on disk is of torch\.int8; legal: floa"):
+        MoEForCausalLM.from_pretrained(saved, dtype=dtype)
+
+
+def test_a_save_names_the_type_of_most_elements(tiny: Make, tmp_path: Path) -> None:
+    model = MoEForCausalLM(tiny()).bfloat16()
+    assert model.norm is not None and model.embed_tokens is not None
+    for module in (model.norm, model.embed_tokens):
+        module.float()
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"

@@ -129,8 +129,18 @@ def test_a_finished_run_is_left_as_it_is(
             "global_batch_size=16, seed=4; resume with the same values, or train into another",
         ),
         ({"data.heldout_fraction": "0.1"}, "is of a run with data="),
-        ({"model.hidden_size": "32"}, "cannot be loaded into this model: "),
-        ({"model.num_layers": "3"}, "cannot be loaded into this model: "),
+        (
+            {"model.hidden_size": "32", "model.num_layers": "1"},
+            "is of a run with model.hidden_size=16, model.num_layers=2, this one has "
+            "model.hidden_size=32, model.num_layers=1; resume with the same values",
+        ),
+        ({"model.num_layers": "3"}, "model.num_layers=3; resume"),
+        ({"model.num_attention_heads": "2"}, "this one has model.num_attention_heads=2"),
+        ({"model.num_experts_per_token": "1"}, "model.num_experts_per_token=1; resume"),
+        ({"model.rope_theta": "100"}, "model.rope_theta=100.0; resume"),
+        ({"model.tie_word_embeddings": "true"}, "model.tie_word_embeddings=True; resume"),
+        ({"model.sliding_window": "4"}, "model.sliding_window=4; resume"),
+        ({"training.steps": "5"}, "is after step 6, but training ends at steps=5; ask for at"),
     ],
 )
 def test_a_run_of_other_data_or_shape_does_not_go_on(

@@ -151,3 +151,14 @@ def test_evaluation_leaves_nothing_behind() -> None:
     module, side = router(aux_loss_coef=1, z_loss_coef=1)
     module.eval()(hidden())
     assert side.totals == {}
+
+
+def test_starts_from_drawn_weights() -> None:
+    torch.manual_seed(5)
+    module = Router(60, 100, 2, SideOutputs(), initializer_range=0.3)
+    first = module.weight.detach().clone()
+    assert 0.28 < first.std() < 0.32 and abs(first.mean()) < 0.02
+    assert 0.018 < Router(60, 100, 2, SideOutputs()).weight.std() < 0.022
+    torch.manual_seed(5)
+    module.reset_parameters()
+    assert torch.equal(module.weight, first) and module.weight.requires_grad

@@ -121,6 +121,11 @@ def test_a_file_that_is_wrong(
             MoEConfigError,
             "num_layers=2 cannot fill 4 pipeline stages",
         ),
+        (
+            {"model.max_position_embeddings": "3"},
+            ConfigError,
+            "is more than model.max_position_embeddings=3, the longest",
+        ),
     ],
 )
 def test_check_names_what_does_not_fit(

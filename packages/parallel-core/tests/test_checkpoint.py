@@ -1,7 +1,11 @@
 """Checkpoints across layouts, and checkpoints that something happened to."""
 
+import contextlib
+import errno
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import sys
@@ -10,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -177,8 +182,25 @@ def test_state_comes_back_with_the_step(saved: Checkpoints) -> None:
 
 def test_there_is_no_latest_without_checkpoints(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path / "none").latest() is None
-    (tmp_path / "step-00000001").mkdir()
     assert Checkpoints(tmp_path).latest() is None
+
+
+def test_checkpoints_of_which_none_is_whole_are_an_error_not_a_new_start(
+    saved: Checkpoints,
+) -> None:
+    assert saved.damaged() == {}
+    truncate(saved.path(1))
+    remove_state(saved.path(2))
+    damaged = saved.damaged()
+    assert list(damaged) == [1, 2]
+    assert "it was saved with" in damaged[1]
+    assert "step-00000002 is not a whole checkpoint: FileNotFoundError" in damaged[2]
+    with pytest.raises(CheckpointError) as caught:
+        saved.latest()
+    assert str(caught.value) == (
+        f"{saved.folder} has checkpoints after steps 1, 2, but no whole checkpoint: "
+        f"step 1: {damaged[1]}; step 2: {damaged[2]}. Remove the folder to start anew"
+    )
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
@@ -189,6 +211,30 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-100000000"]
     with pytest.raises(CheckpointError, match="keep=0 checkpoints; at least 1"):
         Checkpoints(tmp_path, keep=0)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_damaged_checkpoints_do_not_count_as_kept(tmp_path: Path, keep: int) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=keep)
+    for step in (6, 7, 8):
+        checkpoints.save(step, numbers(step), {})
+    checkpoints.path(3).mkdir()
+    checkpoints.path(10).mkdir()
+    checkpoints.save(9, numbers(9), {})
+    assert checkpoints.steps() == [8, 9, 10][-keep - 1 :], "what was before the kept is gone"
+    assert list(checkpoints.damaged()) == [10]
+    assert checkpoints.latest() == checkpoints.path(9)
+    checkpoints.save(10, numbers(10), {})
+    assert checkpoints.steps() == [9, 10][-keep:]
+    assert holds(checkpoints.path(10)) == 10
+
+
+def test_the_one_just_saved_stays_though_others_are_newer(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(20, numbers(20), {})
+    checkpoints.save(9, numbers(9), {})
+    assert checkpoints.steps() == [9, 20]
+    assert holds(checkpoints.path(9)) == 9
 
 
 def test_the_same_step_may_be_saved_again(saved: Checkpoints) -> None:
@@ -345,3 +391,86 @@ def test_a_save_that_is_killed_anywhere_leaves_a_whole_checkpoint(tmp_path: Path
     assert set(newest) == {"step-00000001", "step-00000002"}
     assert checkpoints.latest() == tmp_path / "step-00000002"
     assert not list(tmp_path.glob("*.partial"))
+
+
+# ---- saves that fail -----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def no_file_larger_than(size: int) -> Iterator[None]:
+    """Let the system itself refuse to write on, in bytes of one file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def save_error(checkpoints: Checkpoints, step: int, parts: Mapping[str, TensorPart]) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints.save(step, parts, {})
+    assert caught.value.__suppress_context__, "torch's own tracebacks are left out"
+    return str(caught.value)
+
+
+def refused(folder: Path, reason: str) -> re.Pattern[str]:
+    """The whole message about a save after step 8."""
+    start = f"the checkpoint after step 8 cannot be saved in {folder}: OSError: {reason}"
+    return re.compile(re.escape(start) + r"[^\n]*; \d+ MB are free there")
+
+
+def test_a_file_that_cannot_be_written_is_one_line_on_every_rank(tmp_path: Path) -> None:
+    """Only rank 1 has much to write, so only it fails; torch's zip writer hides why."""
+
+    def work() -> str:
+        rank = dist.get_rank()
+        checkpoints = Checkpoints(tmp_path)
+        checkpoints.save(7, numbers(7.0), {})
+        box = Box((rank * 4,), (50_000 if rank else 4,))
+        part = TensorPart(torch.ones(box.size), box, (50_004,))
+        with no_file_larger_than(20_000):
+            return save_error(checkpoints, 8, {"a": part})
+
+    first, second = launch(work, 2, timeout=300)
+    assert first == second
+    assert refused(tmp_path, "[Errno 27] File too large").fullmatch(first)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000007"]
+    assert holds(tmp_path / "step-00000007") == 7.0
+
+
+@pytest.mark.parametrize("call", ["mkdir", "fsync", "rename"])
+def test_a_full_disk_is_told_wherever_it_shows(
+    tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def work() -> str:
+        checkpoints = Checkpoints(tmp_path)
+        checkpoints.save(7, numbers(7.0), {})
+        if dist.get_rank() == 0:
+            monkeypatch.setattr(os, call, full)
+        return save_error(checkpoints, 8, numbers(8.0))
+
+    first, second = launch(work, 2, timeout=300)
+    assert first == second
+    assert refused(tmp_path, "[Errno 28] No space left on device").fullmatch(first)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000007"]
+    assert holds(tmp_path / "step-00000007") == 7.0
+
+
+def test_a_folder_that_cannot_be_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "run"
+    message = save_error(Checkpoints(folder), 8, numbers(8.0))
+    assert f"cannot be saved in {folder}: NotADirectoryError: " in message
+    assert message.endswith(" MB are free there")
+
+
+def test_a_save_that_failed_may_be_done_again(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    with no_file_larger_than(100):
+        save_error(checkpoints, 8, numbers(8.0))
+    assert checkpoints.latest() is None
+    assert holds(checkpoints.save(8, numbers(8.0), {})) == 8.0

@@ -375,6 +375,15 @@ def _deaf(folder: Path) -> None:
         time.sleep(0.1)
 
 
+def _kill_ranks(folder: Path) -> None:
+    """Kill the ranks that wrote their pids into ``folder`` and still run."""
+    for file in folder.iterdir():
+        text = file.read_text()
+        if text and _runs(int(text)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(text), signal.SIGKILL)
+
+
 def _plain(folder: Path) -> None:
     (folder / str(dist.get_rank())).write_text(str(os.getpid()))
     _wait_for_peers()
@@ -460,11 +469,14 @@ class TestNothingIsLeft:
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
         tmp_path = tmp_path_factory.mktemp("pids")
         with _parent(lambda: launch(_deaf, 3, tmp_path)) as (pid, _):
-            assert _ready(tmp_path, 3)
-            pids = [int(file.read_text()) for file in tmp_path.iterdir()]
-            assert all(_runs(p) for p in pids)
-            os.kill(pid, signal.SIGKILL)
-            assert _until(lambda: not any(_runs(p) for p in pids), seconds=5)
+            try:
+                assert _ready(tmp_path, 3)
+                pids = [int(file.read_text()) for file in tmp_path.iterdir()]
+                assert all(_runs(p) for p in pids)
+                os.kill(pid, signal.SIGKILL)
+                assert _until(lambda: not any(_runs(p) for p in pids), seconds=5)
+            finally:
+                _kill_ranks(tmp_path)  # they are deaf and, without their parent, nobody's
 
     def test_after_several_launches(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

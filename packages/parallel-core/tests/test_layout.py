@@ -234,7 +234,9 @@ def test_spans_counts_nodes() -> None:
     assert layout.spans("tp", ranks_per_node=1) == 2
     # Not aligned: groups of three ranks on nodes of four.
     assert Layout(12, ep=3).spans("ep", ranks_per_node=4) == 2
-    with pytest.raises(LayoutError, match="ranks_per_node must be at least 1, found 0"):
+    with pytest.raises(
+        LayoutError, match="ranks_per_node must be an integer of at least 1, found 0"
+    ):
         layout.spans("tp", 0)
 
 

@@ -1,9 +1,11 @@
 """The table and the words that explain a layout."""
 
 import time
+from functools import partial
 
 import pytest
 
+from fivefold.parallel_core.errors import LayoutError
 from fivefold.parallel_core.layout import Layout
 
 
@@ -69,3 +71,11 @@ def test_folding_in_words() -> None:
     assert "\nep=2 folds tp(2 of 4)\n" in Layout(8, tp=4, ep=2).explain()
     cut = "ep=3 cuts across attention axes: its groups are no product of them"
     assert cut in Layout(12, tp=2, ep=3).explain()
+
+
+@pytest.mark.parametrize("number", [0, -8, 2.5, "8", True, None])
+def test_explain_refuses_what_is_no_number_of_ranks(number: object) -> None:
+    message = f"ranks_per_node must be an integer of at least 1, found {number!r}"
+    for ask in (Layout(8).explain, partial(Layout(8).spans, "tp")):
+        with pytest.raises(LayoutError, match=message):
+            ask(number)  # type: ignore[operator]

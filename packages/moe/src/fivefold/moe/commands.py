@@ -8,16 +8,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fivefold.moe.errors import MoEError
 from fivefold.moe.export import export_run
 from fivefold.moe.model import MoEForCausalLM
-from fivefold.moe.train import RunConfig, check, load_run, train_rank
-from fivefold.parallel_core.commands import INTERRUPTED
-from fivefold.parallel_core.errors import ConfigError, LayoutError
+from fivefold.moe.train import RunConfig, check, check_text, load_run, train_rank
+from fivefold.parallel_core.commands import FAILED, INTERRUPTED
+from fivefold.parallel_core.errors import EXPECTED, ConfigError, LayoutError
 from fivefold.parallel_core.hub import resolve
-from fivefold.parallel_core.launcher import connect, disconnect, launch, under_torchrun
+from fivefold.parallel_core.launcher import connect, disconnect, launch, place, under_torchrun
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.training.loop import Outcome
 from fivefold.parallel_core.training.tokenizer import Tokenizer, load_tokenizer
+
+_KNOWN: tuple[type[Exception], ...] = (*EXPECTED, MoEError)
 
 
 def train(options: argparse.Namespace) -> int:
@@ -30,7 +33,8 @@ def train(options: argparse.Namespace) -> int:
     try:
         layout = check(config, world_size)
     except LayoutError as error:
-        raise LayoutError(f"{error}\nworld_size is the number of ranks: --nproc") from None
+        reasons = "; ".join(line.strip() for line in str(error).splitlines())
+        raise LayoutError(f"{reasons} (world_size is the number of ranks, --nproc)") from None
     describe(config, layout)
     if options.dry_run:
         return 0
@@ -42,14 +46,23 @@ def _train_under_torchrun(config: RunConfig, folder: Path, options: argparse.Nam
         raise ConfigError(
             "--nproc forks ranks, but torchrun has started them already: leave it out"
         )
-    rank, world_size = connect()
-    layout = check(config, world_size)
-    if rank == 0:
-        describe(config, layout)
-    if options.dry_run:
-        return 0
-    outcome = train_rank(config, folder, options.tensorboard)
-    disconnect()
+    rank, world_size = place()
+    # Before the ranks meet, which takes seconds: each of them finds the same fault by itself.
+    try:
+        layout = check(config, world_size)
+    except _KNOWN:
+        if rank == 0:
+            raise
+        return FAILED
+    connect()
+    try:
+        if rank == 0:
+            describe(config, layout)
+        if options.dry_run:
+            return 0
+        outcome = train_rank(config, folder, options.tensorboard)
+    finally:
+        disconnect()
     if rank == 0:
         return conclude(outcome, folder)
     # The same status as that of rank 0, or torchrun would say that one of them failed.
@@ -60,6 +73,7 @@ def describe(config: RunConfig, layout: Layout) -> None:
     """Print the layout, the text and the size of the model; tokenises the text if need be."""
     print(layout.explain(), flush=True)
     dataset = config.data.prepare(config.data.load_tokenizer())
+    check_text(config, dataset)
     print(f"\ntext   {dataset.summary()}")
     with torch.device("meta"):
         model = MoEForCausalLM(config.model)

@@ -36,7 +36,7 @@ def generate(
 
     Args:
         model: a whole model; it runs in eval mode and is left in the mode it was in.
-        input_ids: prompts of equal length, integers (B, S).
+        input_ids: prompts of equal length, integers (B, S), B and S at least 1.
         max_new_tokens: how many tokens to add at most.
         do_sample: draw tokens; the default takes the likeliest.
         temperature: divides the logits before drawing; above 0.
@@ -140,9 +140,10 @@ def _check(
 ) -> None:
     if model.embed_tokens is None or model.lm_head is None:
         raise MoEInputError("generate needs a whole model; this one is a pipeline stage")
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+    if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise MoEInputError(
-            f"input_ids has shape {tuple(input_ids.shape)}; it must be (batch, at least 1 token)"
+            f"input_ids has shape {tuple(input_ids.shape)}; it must be (at least 1 sequence, "
+            "at least 1 token)"
         )
     rules = {
         f"max_new_tokens {max_new_tokens}: it must be at least 0": max_new_tokens >= 0,

@@ -53,7 +53,7 @@ def config_from_hf(config: Mapping[str, Any]) -> MoEConfig:
     for derived in ("num_key_value_heads", "head_dim"):
         values[derived] = values[derived] or 0
     ours = MoEConfig.from_dict(values | {"rope_theta": _rope_theta(config)})
-    coef = _get(config, "router_aux_loss_coef", 0.001)
+    coef = _number(config, "router_aux_loss_coef", 0.001)
     return replace(ours, aux_loss_coef=_significant(coef * _aux_scale(ours)))
 
 
@@ -81,14 +81,29 @@ def _get(config: Mapping[str, Any], key: str, default: Any) -> Any:
 
 
 def _rope_theta(config: Mapping[str, Any]) -> float:
-    """The base, from version 5's ``rope_parameters`` or version 4's ``rope_theta``."""
+    """The base, from version 5's ``rope_parameters`` or version 4's ``rope_theta``.
+
+    Null is as good as absent: both versions write it for what was not given.
+    """
     for key in ("rope_parameters", "rope_scaling"):
         rope = config.get(key) or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
+        if not isinstance(rope, Mapping):
+            raise MoEConfigError(f"{key} is {rope!r} in config.json; it must be an object or null")
+        kind = rope.get("rope_type") or rope.get("type") or "default"
         if kind != "default":
             raise _unsupported(f"{key}.rope_type", kind, "default")
     new = config.get("rope_parameters") or {}
-    return float(new.get("rope_theta", config.get("rope_theta", 1e6)))
+    return _number(new, "rope_theta", _number(config, "rope_theta", 1e6))
+
+
+def _number(config: Mapping[str, Any], key: str, default: float) -> float:
+    """A number of theirs; null is as good as absent."""
+    value = config.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise MoEConfigError(f"{key} is {value!r} in config.json; it must be a number or null")
+    return float(value)
 
 
 def _aux_scale(config: MoEConfig) -> float:

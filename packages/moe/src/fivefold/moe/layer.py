@@ -37,11 +37,20 @@ class MoELayer(nn.Module):
             layer,
             aux_loss_coef=config.aux_loss_coef,
             z_loss_coef=config.z_loss_coef,
+            initializer_range=config.initializer_range,
         )
         self.dispatcher = TokenDispatcher(config.num_experts)
         self.experts = Experts(
-            config.num_experts, config.hidden_size, config.expert_intermediate_size
+            config.num_experts,
+            config.hidden_size,
+            config.expert_intermediate_size,
+            config.initializer_range,
         )
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew, as when the layer was made: router, then experts."""
+        self.router.reset_parameters()
+        self.experts.reset_parameters()
 
     def forward(self, x_bsh: Tensor) -> Tensor:
         """Hidden states (B, S, H) to (B, S, H)."""

@@ -3,7 +3,7 @@
 Legend: B sequences, S tokens of a sequence here, H hidden width, V vocabulary.
 """
 
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,21 @@ from fivefold.parallel_core.losses import CrossEntropy, SideOutputs
 
 
 class DecoderLayer(nn.Module):
-    """Attention and a mixture of experts, each behind a norm and added to its input."""
+    """Attention and a mixture of experts, each behind a norm and added to its input.
+
+    The experts and their router have memory but no values yet: the model draws them.
+    """
 
     def __init__(self, config: MoEConfig, layer: int, side: SideOutputs):
         super().__init__()
         self.input_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.attention = Attention(config)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = MoELayer(config, layer, side)
+        device = torch.get_default_device()
+        # On meta first: nearly all parameters are here, and drawing them twice takes twice as long.
+        with torch.device("meta"):
+            self.mlp = MoELayer(config, layer, side)
+        self.mlp.to_empty(device=device)
 
     def forward(self, x_bsh: Tensor, rotate: Rotation, cache: LayerCache | None = None) -> Tensor:
         """Hidden states (B, S, H) to (B, S, H)."""
@@ -96,9 +103,32 @@ class MoEForCausalLM(Pretrained):
             x = self.lm_head(x)
         return x
 
-    def generate(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
-        """Continue texts (B, S) to (B, S + max_new_tokens); ``options`` as of ``generate``."""
-        return generate(self, input_ids, max_new_tokens, **options)
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        *,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+        streamer: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """Continue texts (B, S) to (B, S + max_new_tokens) at most; see ``generate.generate``."""
+        return generate(
+            self,
+            input_ids,
+            max_new_tokens,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            eos_token_id=eos_token_id,
+            generator=generator,
+            streamer=streamer,
+        )
 
     def initialisation(self, name: str) -> tuple[str, float]:
         """How the parameter called ``name`` starts: ("ones", 0) or ("normal", deviation)."""

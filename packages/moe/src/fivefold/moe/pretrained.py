@@ -1,7 +1,9 @@
 """Model folders as transformers has them: reading, writing and publishing."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from fivefold.moe.card import model_card
 from fivefold.moe.config import MoEConfig
-from fivefold.moe.errors import MoEConfigError, MoEWeightsError
+from fivefold.moe.errors import MoEConfigError, MoEInputError, MoEWeightsError
 from fivefold.moe.hf import check_names, hf_sources, parameter_shapes, to_hf
 from fivefold.parallel_core import hub
 from fivefold.parallel_core.hub.writer import Spec
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
     from fivefold.parallel_core.topology import Topology
 
 CONFIG, GENERATION, CARD = "config.json", "generation_config.json", "README.md"
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+}
 
 
 class Pretrained(nn.Module):
@@ -40,7 +46,7 @@ class Pretrained(nn.Module):
         cls,
         name_or_path: str | Path,
         topology: "Topology | None" = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         revision: str | None = None,
     ) -> Self:
         """Load a model from a folder or repository in transformers' form, in eval mode.
@@ -52,20 +58,23 @@ class Pretrained(nn.Module):
             name_or_path: folder with ``config.json`` and safetensors, or repository of one.
             topology: ranks to lay the model over; this rank's pipeline stage is returned. None
                 is the whole model on torch's default device.
-            dtype: of the parameters; None keeps that of the files.
+            dtype: of the parameters: a floating-point type of at least 16 bits, or its name such as
+                ``"bfloat16"``. None is what ``config.json`` says or, where it says nothing, the
+                type of most elements in the files.
             revision: branch, tag or commit of the repository.
 
         Raises:
             MoEConfigError: the configuration is missing or not supported.
+            MoEInputError: ``dtype`` is no such type.
             CheckpointError: files are missing, damaged, or not the weights of this model.
         """
+        asked = None if dtype is None else _asked_dtype(dtype)
         folder = hub.resolve(name_or_path, revision)
         config = read_config(folder)
         with hub.SafetensorsReader(folder) as reader:
-            names = reader.names()
-            check_names(config, names)
-            dtype = dtype or reader.dtype(names[0])
-            model, pieces = cls._allocate(config, topology, dtype)
+            check_names(config, reader.names())
+            held = _held_dtype(config, reader)
+            model, pieces = cls._allocate(config, topology, asked or _config_dtype(folder) or held)
             load_parameters(pieces, config, reader)
         return model.eval()
 
@@ -159,13 +168,67 @@ def read_config(folder: str | Path) -> MoEConfig:
     Raises:
         MoEConfigError: the file is missing, is no JSON object, or describes another model.
     """
-    path = Path(folder) / CONFIG
+    return MoEConfig.from_hf(_read_json(Path(folder) / CONFIG))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return MoEConfig.from_hf(json.loads(path.read_text(encoding="utf-8")))
+        described = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise MoEConfigError(f"cannot read {path}: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise MoEConfigError(f"{path} is not a JSON object: {error}") from None
+    if not isinstance(described, dict):
+        raise MoEConfigError(f"{path} is not a JSON object: it holds a {type(described).__name__}")
+    return described
+
+
+def _named_dtype(value: object) -> torch.dtype | None:
+    """A type that a model may have, or its name with or without ``torch.``."""
+    return _DTYPES.get(str(value).removeprefix("torch."))
+
+
+def _asked_dtype(value: torch.dtype | str) -> torch.dtype:
+    dtype = _named_dtype(value)
+    if dtype is None:
+        raise MoEInputError(f"dtype is {value!r}; legal: {', '.join(_DTYPES)}, or None")
+    return dtype
+
+
+def _config_dtype(folder: str | Path) -> torch.dtype | None:
+    """The type in ``config.json``, as version 5 or version 4 writes it; None if it has none."""
+    described = _read_json(Path(folder) / CONFIG)
+    for key in ("dtype", "torch_dtype"):
+        value = described.get(key)
+        if value is not None:
+            dtype = _named_dtype(value)
+            if dtype is None:
+                raise MoEConfigError(
+                    f"{key} is {value!r} in config.json; legal: {', '.join(_DTYPES)}"
+                )
+            return dtype
+    return None
+
+
+def _held_dtype(config: MoEConfig, reader: hub.SafetensorsReader) -> torch.dtype:
+    """The type of most elements of the model in the files, all of them checked."""
+    specs = []
+    for name, shape in parameter_shapes(config).items():
+        for source, _ in hf_sources(config, name, shape):
+            dtype = reader.dtype(source)
+            if dtype not in _DTYPES.values():
+                raise MoEWeightsError(
+                    f"{source!r} on disk is of {dtype}; legal: {', '.join(_DTYPES)}"
+                )
+            specs.append((source, reader.shape(source), dtype))
+    return _main_dtype(specs)
+
+
+def _main_dtype(specs: Iterable[Spec]) -> torch.dtype:
+    sizes: Counter[torch.dtype] = Counter()
+    for _, shape, dtype in specs:
+        sizes[dtype] += prod(shape)
+    return sizes.most_common(1)[0][0]
 
 
 def load_parameters(
@@ -216,7 +279,7 @@ def write_folder(
     )
     hub.write_sharded(folder, plan, tensors, max_shard_size)
     # Last: a folder without it is no model to anyone.
-    dtype = str(plan[0][2]).removeprefix("torch.")
+    dtype = str(_main_dtype(plan)).removeprefix("torch.")
     hub.write_json(folder / CONFIG, config.to_hf() | {"dtype": dtype})
 
 

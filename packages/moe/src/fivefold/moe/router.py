@@ -26,6 +26,8 @@ class Router(nn.Module):
       equation 5).
     - ``load.<layer>``: tokens per expert (E,).
 
+    ``initializer_range`` is the standard deviation of the first weights.
+
     Attributes:
         weight: (E, H).
         sequence_total: seam. Identity where a rank holds whole sequences; a style that splits
@@ -41,6 +43,7 @@ class Router(nn.Module):
         layer: int = 0,
         aux_loss_coef: float = 0.0,
         z_loss_coef: float = 0.0,
+        initializer_range: float = 0.02,
     ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
@@ -50,6 +53,12 @@ class Router(nn.Module):
         self.aux_loss_coef = aux_loss_coef
         self.z_loss_coef = z_loss_coef
         self.sequence_total: nn.Module = nn.Identity()
+        self.initializer_range = initializer_range
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew, with torch's global generator; nothing happens on meta."""
+        nn.init.normal_(self.weight, std=self.initializer_range)
 
     def forward(self, x_bsh: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states (B, S, H) to gate weights (N, K), in x's dtype, and experts (N, K)."""

@@ -146,11 +146,31 @@ def check(config: RunConfig, world_size: int) -> Layout:
         ConfigError: the batch does not fit it, or the schedule needs more microbatches.
     """
     layout = config.layout.layout(world_size)
+    length, longest = config.training.sequence_length, config.model.max_position_embeddings
+    if length > longest:
+        raise ConfigError(
+            f"training.sequence_length={length} is more than model.max_position_embeddings="
+            f"{longest}, the longest the model is meant for; change one of them"
+        )
     sharding.check(config.model, layout, config.training.sequence_length)
     stages = layout.pp * config.training.pipeline.stages_per_rank
     config.training.num_microbatches(layout.dp, layout.pp)
     sharding.check_stages(config.model, stages)
     return layout
+
+
+def check_text(config: RunConfig, dataset: TokenDataset) -> None:
+    """Check that the text is long enough for one sample.
+
+    Raises:
+        DataError: it is not.
+    """
+    TextBatches(
+        dataset.tokens("train"),
+        sequence_length=config.training.sequence_length,
+        global_batch_size=1,
+        seed=config.training.seed,
+    )
 
 
 def build_model(config: RunConfig, topology: Topology) -> ParallelModel:
@@ -213,9 +233,15 @@ def make_trainer(config: RunConfig, topology: Topology, folder: Path | None) -> 
         checkpoints=Checkpoints(folder / CHECKPOINTS, training.keep_checkpoints)
         if folder
         else None,
-        identity={"data": dataset.fingerprint},
+        identity={"data": dataset.fingerprint, **_model_identity(config.model)},
         summarise=summarise,
     )
+
+
+def _model_identity(config: MoEConfig) -> dict[str, Any]:
+    """What makes it the same model: all but how it is initialised and which losses are added."""
+    free = {"initializer_range", "aux_loss_coef", "z_loss_coef", "max_position_embeddings"}
+    return {f"model.{k}": v for k, v in config.to_dict().items() if k not in free}
 
 
 def _heldout(

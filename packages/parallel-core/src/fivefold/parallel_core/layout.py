@@ -136,9 +136,11 @@ class Layout:
         Args:
             axis: named as in ``groups``.
             ranks_per_node: ranks on one node; node n holds the ranks from n * ranks_per_node.
+
+        Raises:
+            LayoutError: ``ranks_per_node`` is no integer of at least 1, or no such axis.
         """
-        if ranks_per_node < 1:
-            raise LayoutError(f"ranks_per_node must be at least 1, found {ranks_per_node}")
+        layout_text.check_ranks_per_node(ranks_per_node)
         return max(len({rank // ranks_per_node for rank in group}) for group in self.groups(axis))
 
     def folding(self, axis: str) -> dict[str, int] | None:
@@ -159,6 +161,9 @@ class Layout:
 
         Args:
             ranks_per_node: ranks on one node.
+
+        Raises:
+            LayoutError: ``ranks_per_node`` is no integer of at least 1.
         """
         return layout_text.explain(self, ranks_per_node)
 

@@ -3,6 +3,7 @@
 from math import prod
 from typing import TYPE_CHECKING
 
+from .errors import LayoutError
 from .layout_rules import view_axes
 
 if TYPE_CHECKING:
@@ -27,8 +28,17 @@ def folding(layout: "Layout", axis: str) -> dict[str, int] | None:
     return found
 
 
+def check_ranks_per_node(ranks_per_node: object) -> None:
+    """Raise LayoutError for what is no number of ranks on a node."""
+    if type(ranks_per_node) is not int or ranks_per_node < 1:
+        raise LayoutError(
+            f"ranks_per_node must be an integer of at least 1, found {ranks_per_node!r}"
+        )
+
+
 def explain(layout: "Layout", ranks_per_node: int) -> str:
     """See ``Layout.explain``."""
+    check_ranks_per_node(ranks_per_node)
     nodes = -(-layout.world_size // ranks_per_node)
     lines = [
         f"{_count(layout.world_size, 'rank')} on {_count(nodes, 'node')} of {ranks_per_node},"

@@ -1,5 +1,6 @@
 """Running a step's microbatches, through pipeline stages where there are any."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -190,6 +191,15 @@ def _example(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
 
 
+def _quiet_schedules() -> None:
+    """Keep torch's schedules from logging what they raise as well.
+
+    When a rank dies, each of the others would log the whole order of its actions, hundreds of
+    lines, above the one error that says what happened.
+    """
+    logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
+
+
 class PipelineRunner(Runner):
     """Stages of ``torch.distributed.pipelining`` over the "pp" axis.
 
@@ -216,6 +226,7 @@ class PipelineRunner(Runner):
         logits: tuple[int, ...],
         dtype: torch.dtype,
     ):
+        _quiet_schedules()
         pp = topology.axis("pp")
         config.check(pp.size, num_microbatches)
         num_stages = pp.size * config.stages_per_rank

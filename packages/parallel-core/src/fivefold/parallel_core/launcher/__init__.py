@@ -1,5 +1,11 @@
 """Starting the ranks of a job: forked on this machine, or joined to the ones torchrun started."""
 
-from fivefold.parallel_core.launcher.launch import connect, disconnect, launch, under_torchrun
+from fivefold.parallel_core.launcher.launch import (
+    connect,
+    disconnect,
+    launch,
+    place,
+    under_torchrun,
+)
 
-__all__ = ["connect", "disconnect", "launch", "under_torchrun"]
+__all__ = ["connect", "disconnect", "launch", "place", "under_torchrun"]

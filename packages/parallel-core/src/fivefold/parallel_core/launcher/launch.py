@@ -112,6 +112,17 @@ def under_torchrun() -> bool:
     return all(name in os.environ for name in TORCHRUN)
 
 
+def place() -> tuple[int, int]:
+    """This process's rank and the number of ranks, as torchrun says, before they have met.
+
+    Raises:
+        ConfigError: torchrun has not started this process.
+    """
+    if not under_torchrun():
+        raise ConfigError(f"{', '.join(TORCHRUN)} are not set: torchrun has not started this rank")
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
 def connect(*, device_type: str | None = None, timeout: float = 1800.0) -> tuple[int, int]:
     """Find out which rank this process is, and join the others if torchrun started it.
 

@@ -1,5 +1,6 @@
 """The training loop: a parallel model, a loss and batches in, finished steps out."""
 
+import math
 import signal
 import threading
 import time
@@ -17,13 +18,15 @@ from fivefold.parallel_core.checkpoint import Checkpoints, TensorPart
 from fivefold.parallel_core.collectives import sum_over
 from fivefold.parallel_core.config import Config
 from fivefold.parallel_core.data_parallel import Precision
-from fivefold.parallel_core.errors import ConfigError
+from fivefold.parallel_core.errors import ConfigError, ParallelError
 from fivefold.parallel_core.gradients import clip, global_norm, sum_partial
 from fivefold.parallel_core.pipeline import PipelineConfig, Runner
 from fivefold.parallel_core.training.optimizer import AdamWConfig, ShardedAdamW
 from fivefold.parallel_core.training.schedule import WarmupCosine
 from fivefold.parallel_core.training.state import load_state, save_state
 from fivefold.parallel_core.training.totals import Totals
+
+_SAME_STROKE = 2.0  # seconds in which a second Ctrl-C is taken for the first one
 
 Report = Callable[[int, Mapping[str, float]], None]
 """Called on rank 0 with the number of finished steps and what was measured."""
@@ -69,10 +72,15 @@ class TrainingConfig(Config):
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch_size", "microbatch_size", "sequence_length"):
             _at_least_one(name, getattr(self, name))
-        for name in ("checkpoint_every", "evaluate_every", "evaluation_sequences"):
+        for name in (
+            "checkpoint_every",
+            "keep_checkpoints",
+            "evaluate_every",
+            "evaluation_sequences",
+        ):
             if getattr(self, name) is not None:
                 _at_least_one(name, getattr(self, name))
-        if self.gradient_clip is not None and self.gradient_clip <= 0:
+        if self.gradient_clip is not None and not self.gradient_clip > 0:
             raise ConfigError(
                 f"gradient_clip={self.gradient_clip}; a positive norm, or leave it out for none"
             )
@@ -183,13 +191,19 @@ class Trainer:
             Finished steps.
 
         Raises:
-            ConfigError: it is of a run with other data or batches.
-            CheckpointError: it does not fit the model.
+            ConfigError: it is of a run with another model, data or batches, or of more steps.
+            CheckpointError: it does not fit the model, or none of those there is whole.
         """
         newest = self.checkpoints.latest() if self.checkpoints else None
         if newest is not None:
             self.step = load_state(newest, self.parts(), self.identity, self.topology)
             self.optimizer.set_steps(self.step)
+        if self.step > self.config.steps:
+            raise ConfigError(
+                f"{newest} is after step {self.step}, but training ends at steps="
+                f"{self.config.steps}; ask for at least {self.step} steps, or train into another "
+                "folder"
+            )
         return self.step
 
     def save(self) -> None:
@@ -206,8 +220,8 @@ class Trainer:
         return parameters | self.optimizer.parts()
 
     def fit(self) -> Outcome:
-        """Train until the last step, or until SIGTERM asks to stop; saves in both cases."""
-        with self._stop_on_sigterm():
+        """Train until the last step, or until SIGTERM or Ctrl-C asks to stop; saves either way."""
+        with self._stop_on_signals():
             while self.step < self.config.steps:
                 stop = self.train_step()
                 last = self.step == self.config.steps
@@ -252,6 +266,12 @@ class Trainer:
         """Reduce and clip the gradients and step; their norm before, and the learning rate."""
         sum_partial(self.pieces, self.topology)
         norm = global_norm(self.pieces, self.topology)
+        if not torch.isfinite(norm):
+            raise ParallelError(
+                f"step {self.step + 1}: the norm of the gradient is {float(norm)}; training stops "
+                "before this step changes anything. Lower the learning rate, clip more, or look "
+                "at the data, and run again: it goes on from the newest checkpoint"
+            )
         if self.config.gradient_clip is not None:
             clip(self.pieces, norm, self.config.gradient_clip)
         learning_rate = self.config.schedule.rate(self.step)
@@ -296,18 +316,27 @@ class Trainer:
             self.report(self.step, measured)
 
     @contextmanager
-    def _stop_on_sigterm(self) -> Iterator[None]:
+    def _stop_on_signals(self) -> Iterator[None]:
         """Finish the step at hand when asked to end; only a main thread can be asked."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+        asked = -math.inf
 
         def ask(number: int, frame: FrameType | None) -> None:
-            self._stop = True
+            nonlocal asked
+            # Launchers pass on the Ctrl-C that the terminal has sent to this process already.
+            if self._stop and number == signal.SIGINT and time.monotonic() - asked > _SAME_STROKE:
+                raise KeyboardInterrupt
+            self._stop, asked = True, time.monotonic()
 
-        earlier = signal.signal(signal.SIGTERM, ask)
+        # Forked ranks ignore SIGINT: there the launcher counts it and sends SIGTERM.
+        by_hand = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        numbers = [signal.SIGTERM, signal.SIGINT] if by_hand else [signal.SIGTERM]
+        earlier = {number: signal.signal(number, ask) for number in numbers}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, earlier)
+            for number, handler in earlier.items():
+                signal.signal(number, handler)
             self._stop = False

@@ -1,5 +1,6 @@
 """What of a run goes into a checkpoint beside the tensors, and how it is checked when resuming."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,14 +51,7 @@ def load_state(
         CheckpointError: it is damaged or does not fit.
     """
     state = read_state(path)
-    differing = [key for key, value in identity.items() if state["identity"].get(key) != value]
-    if differing:
-        found = ", ".join(f"{key}={state['identity'].get(key)}" for key in differing)
-        asked = ", ".join(f"{key}={identity[key]}" for key in differing)
-        raise ConfigError(
-            f"{path} is of a run with {found}, this one has {asked}; resume with the same values, "
-            "or train into another folder"
-        )
+    _check_identity(path, state["identity"], identity)
     same = state["layout"] == topology.layout.to_dict()
     random = _random_state(topology) if same else {}
     load_parts(path, {**parts, **random})
@@ -67,6 +61,23 @@ def load_state(
         torch.manual_seed(hash((state["step"], topology.world_rank)) % (1 << 62))
     step: int = state["step"]
     return step
+
+
+def _check_identity(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    asked = json.loads(json.dumps(dict(asked)))  # as it was when it was saved: tuples as lists
+    differing = [key for key, value in asked.items() if saved.get(key) != value]
+    if differing:
+        raise ConfigError(
+            f"{path} is of a run with {_listed(saved, differing)}, this one has "
+            f"{_listed(asked, differing)}; resume with the same values, or train into another "
+            "folder"
+        )
+
+
+def _listed(values: Mapping[str, Any], keys: list[str]) -> str:
+    shown = {key: str(values.get(key)) for key in keys}
+    # A fingerprint says that texts differ, not how; its start is enough to tell two apart.
+    return ", ".join(f"{k}={v if len(v) < 40 else v[:12] + '...'}" for k, v in shown.items())
 
 
 def _random_state(topology: Topology) -> dict[str, TensorPart]:
