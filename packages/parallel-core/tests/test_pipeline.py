@@ -3,14 +3,16 @@
 That training through stages equals one process is in test_plan.
 """
 
+import logging
 from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from fivefold.parallel_core.errors import ConfigError
-from fivefold.parallel_core.launcher import launch
+from fivefold.parallel_core.launcher import disconnect, launch
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.ledger import CommLedger
 from fivefold.parallel_core.pipeline import LocalRunner, PipelineConfig, deal_layers, keep_stage
@@ -233,3 +235,25 @@ def test_too_few_microbatches_are_refused_before_anything_runs() -> None:
 
     for message in launch(on_a_rank, 2, timeout=300):
         assert "needs at least 2 microbatches in a step, found 1" in message
+
+
+def test_a_schedule_that_fails_raises_and_logs_nothing_above_it() -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("no forward today")
+
+    def on_a_rank() -> list[str]:
+        job = make_job(Case(degrees={"pp": 2}, config=ToyConfig(num_layers=5), stages_per_rank=2))
+        logged: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+        logging.getLogger("torch.distributed.pipelining.schedules").addHandler(handler)
+        first = dist.get_rank() == 0
+        if first:
+            job.model.parts[0].register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="failed to run forward" if first else "closed"):
+            job.runner.train(*job.data(), 1.0)
+        if first:
+            disconnect()  # as if it had died: the other waits for it in the middle of a step
+        return logged
+
+    assert launch(on_a_rank, 2, timeout=300) == [[], []]

@@ -289,7 +289,9 @@ def test_two_ranks_equal_plain_torch_and_stop_together(reference: Reference) -> 
 def test_evaluation_is_the_mean_over_all_held_out_tokens(reference: Reference) -> None:
     trainer, told = make_trainer(Topology.local())
     modes: list[bool] = []
-    trainer.model.parts[0].register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    trainer.model.parts[0].register_forward_pre_hook(
+        lambda module, _: modes.append(module.training)
+    )
     for step in range(STEPS):
         trainer.train_step()
         if step < STEPS - 1:

@@ -33,8 +33,9 @@ def train(options: argparse.Namespace) -> int:
     try:
         layout = check(config, world_size)
     except LayoutError as error:
-        reasons = "; ".join(line.strip() for line in str(error).splitlines())
-        raise LayoutError(f"{reasons} (world_size is the number of ranks, --nproc)") from None
+        what, *reasons = (line.strip(" -") for line in str(error).splitlines())
+        text = f"{what} {'; '.join(reasons)} (world_size is the number of ranks, --nproc)"
+        raise LayoutError(text) from None
     describe(config, layout)
     if options.dry_run:
         return 0

@@ -309,6 +309,8 @@ def train_rank(config: RunConfig, folder: Path, tensorboard: bool = False) -> Ou
     tokenizer.save(folder / TOKENIZER)
     dataset = config.data.prepare(tokenizer)
     with RunReport(folder, config.training.steps, step, plain, tensorboard) as report:
+        for damaged, what in Checkpoints(folder / CHECKPOINTS).damaged().items():
+            report.message(f"the checkpoint after step {damaged} is damaged and left out: {what}")
         trainer.report = _in_bits(report, dataset)
         return trainer.fit()
 

@@ -11,121 +11,27 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import (
-    SavePlan,
-    SavePlanner,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
 
-from fivefold.parallel_core.box import Box
 from fivefold.parallel_core.errors import CheckpointError
 from fivefold.parallel_core.files import atomic_write_text, sync_folder
+from fivefold.parallel_core.tensor_part import (
+    PartLoadPlanner,
+    PartSavePlanner,
+    PartWriter,
+    TensorPart,
+)
+
+__all__ = ["Checkpoints", "TensorPart", "load_parts", "read_state"]
 
 _STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TensorPart:
-    """This rank's box of a tensor of ``shape``; what checkpoints are made of.
-
-    Attributes:
-        tensor: the values, of shape ``box.size``; loading writes into them.
-        box: where they lie.
-        shape: of the whole tensor.
-    """
-
-    tensor: Tensor
-    box: Box
-    shape: tuple[int, ...]
-
-    def size(self) -> torch.Size:
-        """Shape of the whole tensor; torch compares it with the stored one."""
-        return torch.Size(self.shape)
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        if self.box.numel == 0:
-            return []
-        return [ChunkStorageMetadata(torch.Size(self.box.offset), torch.Size(self.box.size))]
-
-    def __create_write_items__(self, name: str, part: object) -> list[WriteItem]:
-        return [
-            WriteItem(
-                index=MetadataIndex(name, chunk.offsets),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=chunk,
-                    properties=TensorProperties.create_from_tensor(self.tensor),
-                    size=self.size(),
-                ),
-            )
-            for chunk in self.__create_chunk_list__()
-        ]
-
-
-class _SavePlanner(DefaultSavePlanner):
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        found = self.state_dict[index.fqn]
-        return found.tensor if isinstance(found, TensorPart) else super().lookup_object(index)
-
-
-class _LoadPlanner(DefaultLoadPlanner):
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def set_up_planner(
-        self,
-        state_dict: dict[str, Any],
-        metadata: Metadata | None = None,
-        is_coordinator: bool = False,
-    ) -> None:
-        # torch's own replaces every value that is not a tensor of its kinds by None.
-        self.original_state_dict = self.state_dict = state_dict
-        self.metadata, self.is_coordinator = metadata, is_coordinator
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        found = self.state_dict[index.fqn]
-        return found.tensor if isinstance(found, TensorPart) else super().lookup_tensor(index)
-
-
-class _Writer(FileSystemWriter):
-    """Tells what the system said where torch's zip writer says "unexpected pos 704 vs 598"."""
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        try:
-            return super().write_data(plan, planner)
-        except Exception as error:
-            # Here, as the chain of causes does not survive the way to the other ranks.
-            raise _system_error(error) or error from None
-
-
-def _system_error(error: BaseException | None) -> OSError | None:
-    """The system's error that led to ``error``, if one did."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 class Checkpoints:
@@ -165,8 +71,8 @@ class Checkpoints:
             with _alone_is_fine():
                 save(
                     dict(parts),
-                    storage_writer=_Writer(partial),
-                    planner=_SavePlanner(),
+                    storage_writer=PartWriter(partial),
+                    planner=PartSavePlanner(),
                     no_dist=not dist.is_initialized(),
                 )
             _on_first_rank(lambda: self._finish(partial, final, {**state, "step": step}))
@@ -278,7 +184,7 @@ def load_parts(path: Path | str, parts: Mapping[str, Any]) -> None:
             load(
                 dict(parts),
                 checkpoint_id=path,
-                planner=_LoadPlanner(),
+                planner=PartLoadPlanner(),
                 no_dist=not dist.is_initialized(),
             )
     except (RuntimeError, ValueError, OSError, CheckpointException) as error:
@@ -333,7 +239,7 @@ def _on_first_rank(act: Callable[[], None]) -> None:
         raise failed
 
 
-def _from_first_rank[T](value: T) -> T:
+def _from_first_rank(value: Any) -> Any:
     """Rank 0's value, on every rank, when all have come here."""
     if not dist.is_initialized():
         return value

@@ -298,6 +298,7 @@ class Trainer:
             inputs, targets = inputs.to(self.topology.device), targets.to(self.topology.device)
             sums["loss"] += self._once_per_tp(self.runner.evaluate(inputs, targets)).cpu()
             sums["tokens"] += self._once_per_tp(self._count(targets)).cpu() * last
+        self.model.drain_side_outputs()  # what a model counts here is none of the next step's
         totals = self._heldout_totals.sum(sums)
         if totals["tokens"] > 0:
             self.heldout_loss = float(totals["loss"] / totals["tokens"])

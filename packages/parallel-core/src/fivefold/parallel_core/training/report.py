@@ -51,6 +51,10 @@ class RunReport:
             bits = measured["heldout_bits_per_byte"]
             self._progress.message(f"step {step}: {bits:.3f} bits per byte on held-out text")
 
+    def message(self, text: str) -> None:
+        """Tell the person at the terminal something."""
+        self._progress.message(text)
+
     def __enter__(self) -> Self:
         return self
 
