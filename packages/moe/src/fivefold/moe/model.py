@@ -19,21 +19,14 @@ from fivefold.parallel_core.losses import CrossEntropy, SideOutputs
 
 
 class DecoderLayer(nn.Module):
-    """Attention and a mixture of experts, each behind a norm and added to its input.
-
-    The experts and their router have memory but no values yet: the model draws them.
-    """
+    """Attention and a mixture of experts, each behind a norm and added to its input."""
 
     def __init__(self, config: MoEConfig, layer: int, side: SideOutputs):
         super().__init__()
         self.input_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.attention = Attention(config)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        device = torch.get_default_device()
-        # On meta first: nearly all parameters are here, and drawing them twice takes twice as long.
-        with torch.device("meta"):
-            self.mlp = MoELayer(config, layer, side)
-        self.mlp.to_empty(device=device)
+        self.mlp = MoELayer(config, layer, side)
 
     def forward(self, x_bsh: Tensor, rotate: Rotation, cache: LayerCache | None = None) -> Tensor:
         """Hidden states (B, S, H) to (B, S, H)."""
@@ -71,12 +64,16 @@ class MoEForCausalLM(Pretrained):
         super().__init__(config)
         self.side = SideOutputs()
         self.positions: nn.Module = Positions()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleDict(
-            {str(i): DecoderLayer(config, i, self.side) for i in range(config.num_layers)}
-        )
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        device = torch.get_default_device()
+        # On meta first: modules draw their own weights when made, and the model draws them anew.
+        with torch.device("meta"):
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+            self.layers = nn.ModuleDict(
+                {str(i): DecoderLayer(config, i, self.side) for i in range(config.num_layers)}
+            )
+            self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.to_empty(device=device)
         self.loss: nn.Module = CrossEntropy()
         self.tie_weights()
         self.reset_parameters()
