@@ -1,0 +1,101 @@
+"""Start Triton kernels; or record what would be started, for compilers without a GPU."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Grid = tuple[int, ...]
+
+# Streaming multiprocessors of an H100, which recorded launches are made for.
+_RECORDED_NUM_SMS = 132
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launch:
+    """One kernel with all that decides its machine code.
+
+    Attributes:
+        kernel: the ``triton.jit`` function.
+        grid: programs along up to three dims.
+        arguments: tensors and numbers, by position.
+        constants: the ``tl.constexpr`` parameters.
+        num_warps: warps of 32 threads in a program.
+        num_stages: depth of the software pipeline.
+    """
+
+    kernel: Any
+    grid: Grid
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+_record: ContextVar[list[Launch] | None] = ContextVar("_record", default=None)
+
+
+@contextmanager
+def record() -> Iterator[list[Launch]]:
+    """Collect launches instead of starting them; run ops on ``meta`` tensors in it."""
+    launches: list[Launch] = []
+    token = _record.set(launches)
+    try:
+        yield launches
+    finally:
+        _record.reset(token)
+
+
+def launch(
+    kernel: Any,
+    grid: Grid,
+    *arguments: Any,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    **constants: Any,
+) -> None:
+    """Start a kernel on the device of its first tensor; nothing happens where the grid is empty.
+
+    Args:
+        kernel: a ``triton.jit`` function.
+        grid: programs along up to three dims.
+        arguments: what the kernel takes, by position, without constants.
+        num_warps: warps of 32 threads in a program.
+        num_stages: depth of the software pipeline.
+        constants: the ``tl.constexpr`` parameters.
+    """
+    if 0 in grid:
+        return
+    recorded = _record.get()
+    if recorded is not None:
+        recorded.append(
+            Launch(
+                kernel=kernel,
+                grid=grid,
+                arguments=arguments,
+                constants=constants,
+                num_warps=num_warps,
+                num_stages=num_stages,
+            )
+        )
+        return
+    with _device(arguments):
+        kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+
+
+def num_sms(x: Tensor) -> int:
+    """Streaming multiprocessors of the device of ``x``; a small number in the interpreter."""
+    if x.is_cuda:
+        return torch.cuda.get_device_properties(x.device).multi_processor_count
+    return _RECORDED_NUM_SMS if x.is_meta else 2
+
+
+def _device(arguments: tuple[Any, ...]) -> Any:
+    tensor = next(value for value in arguments if isinstance(value, Tensor))
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()

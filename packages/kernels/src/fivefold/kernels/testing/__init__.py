@@ -1,0 +1,11 @@
+"""A kit that tests ops: any package uses it on its own. Needs ``fivefold-kernels[testing]``.
+
+>>> from fivefold.kernels.testing import TOLERANCES
+>>> len(TOLERANCES)
+4
+"""
+
+from fivefold.kernels.testing.suite import op_tests
+from fivefold.kernels.testing.tolerances import TOLERANCES, assert_close
+
+__all__ = ["TOLERANCES", "assert_close", "op_tests"]

@@ -1,0 +1,213 @@
+"""Break a kernel on purpose, one place at a time, and see that the tests notice.
+
+A mutant is the source of a kernel with one sign, comparison or mask changed. It runs in a child
+process, because a wrong address may well end it.
+"""
+
+import ast
+import multiprocessing
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+from fivefold.kernels import op as ways
+from fivefold.kernels.samples import OpSamples
+
+# A mutant that runs longer than this (seconds) loops for ever: it was noticed.
+_PATIENCE = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """One change of a source file.
+
+    Attributes:
+        function: the kernel it is in, empty in C++.
+        line: its line, from 1.
+        kind: "sign", "bound" or "mask".
+        before: the text that was there.
+        after: the text that is there now.
+        source: the whole file with the change.
+    """
+
+    function: str
+    line: int
+    kind: str
+    before: str
+    after: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"line {self.line} {self.function}: {self.before!r} became {self.after!r}"
+
+
+def triton_mutants(source: str) -> Iterator[Mutant]:
+    """Every change of one place in the ``triton.jit`` functions of a file."""
+    tree = ast.parse(source)
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef) and _is_kernel(function):
+            for node in ast.walk(function):
+                for kind, target, after in _changes(node, source):
+                    yield _replace(source, function.name, kind, target, after)
+
+
+def cpp_mutants(source: str) -> Iterator[Mutant]:
+    """Every plus and minus between spaces of a C++ file, turned round."""
+    opposite = {" + ": " - ", " - ": " + ", " += ": " -= ", " -= ": " += "}
+    for found in re.finditer(r" (\+|-|\+=|-=) ", source):
+        line_start = source.rfind("\n", 0, found.start()) + 1
+        if "//" in source[line_start : found.start()]:
+            continue
+        after = opposite[found.group()]
+        changed = source[: found.start()] + after + source[found.end() :]
+        line = source.count("\n", 0, found.start()) + 1
+        yield Mutant("", line, "sign", source[line_start:].split("\n")[0].strip(), after, changed)
+
+
+def folder_of(op: OpSamples) -> str:
+    """The package that an op's public function, kernels and samples are in."""
+    return str(op.function.__module__)
+
+
+def mutants_of(folder: str, backend: str) -> list[Mutant]:
+    """All mutants of the file that an op has for a backend, "triton" or "cpu".
+
+    Args:
+        folder: the op's package, such as ``fivefold.kernels.ops.rms_norm``.
+        backend: whose file.
+    """
+    if backend == "cpu":
+        return list(cpp_mutants(_path(folder).joinpath("cpu.cpp").read_text()))
+    return list(triton_mutants(_path(folder).joinpath("triton.py").read_text()))
+
+
+def a_few(mutants: list[Mutant]) -> list[Mutant]:
+    """The middle one of each kind in each function: enough to show that tests would notice."""
+    groups: dict[tuple[str, str], list[Mutant]] = {}
+    for mutant in mutants:
+        groups.setdefault((mutant.function, mutant.kind), []).append(mutant)
+    return [group[len(group) // 2] for group in groups.values()]
+
+
+def survives(folder: str, backend: str, mutant: Mutant, check: Callable[[], Any]) -> bool:
+    """Whether ``check`` passes though the kernel is broken.
+
+    Args:
+        folder: the op's package.
+        backend: whose file the mutant replaces.
+        mutant: the change.
+        check: raises where results are wrong; it runs in a forked child.
+    """
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=partial(_run, folder, backend, mutant, check))
+    child.start()
+    child.join(_PATIENCE)
+    if child.is_alive():
+        child.kill()
+        child.join()
+        return False
+    return child.exitcode == 0
+
+
+def _run(folder: str, backend: str, mutant: Mutant, check: Callable[[], Any]) -> None:
+    # No traceback, no words of a compiler or allocator: that a mutant fails is what should happen.
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        with TemporaryDirectory() as scratch, replaced(folder, backend, mutant, Path(scratch)):
+            check()
+    except BaseException:
+        sys.exit(1)
+
+
+@contextmanager
+def replaced(folder: str, backend: str, mutant: Mutant, scratch: Path) -> Iterator[None]:
+    """Within it, the ops of a folder run the mutant on a backend."""
+    module = _load(folder, backend, mutant, scratch)
+    implementation = ways._implementation
+
+    def choose(of: str, named: str, name: str) -> Callable[..., Any]:
+        mine = of == folder and named == backend
+        return getattr(module, name) if mine else implementation(of, named, name)
+
+    with patch.object(ways, "_implementation", choose):
+        yield
+
+
+def _load(folder: str, backend: str, mutant: Mutant, scratch: Path) -> ModuleType:
+    """The backend's Python file from a copy that has the mutant in it or beside it."""
+    original = _path(folder)
+    for path in original.iterdir():
+        if path.suffix in (".py", ".cpp", ".h"):
+            (scratch / path.name).write_text(path.read_text())
+    (scratch / ("cpu.cpp" if backend == "cpu" else "triton.py")).write_text(mutant.source)
+    spec = spec_from_file_location(f"{folder}.{backend}", scratch / f"{backend}.py")
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{folder} has no {backend}.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _path(folder: str) -> Path:
+    return Path(next(iter(import_module(folder).__path__)))
+
+
+def _is_kernel(function: ast.FunctionDef) -> bool:
+    return any(ast.unparse(each).startswith("triton.jit") for each in function.decorator_list)
+
+
+def _changes(node: ast.AST, source: str) -> Iterator[tuple[str, ast.AST, str]]:
+    """Kind, what to replace and by what text."""
+    text = partial(ast.get_source_segment, source)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Sub):
+        sign = "-" if isinstance(node.op, ast.Add) else "+"
+        yield "sign", node, f"({text(node.left)}) {sign} ({text(node.right)})"
+    elif isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add | ast.Sub):
+        sign = "-" if isinstance(node.op, ast.Add) else "+"
+        yield "sign", node, f"{text(node.target)} {sign}= {text(node.value)}"
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        if not isinstance(node.operand, ast.Constant) and "inf" not in ast.unparse(node):
+            yield "sign", node, f"({text(node.operand)})"
+    elif isinstance(node, ast.Compare) and isinstance(
+        node.ops[0], ast.Lt | ast.Gt | ast.LtE | ast.GtE
+    ):
+        other = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">"}[type(node.ops[0])]
+        yield "bound", node, f"({text(node.left)}) {other} ({text(node.comparators[0])})"
+    elif isinstance(node, ast.Call):
+        yield from _without_masks(node, source)
+
+
+def _without_masks(node: ast.Call, source: str) -> Iterator[tuple[str, ast.AST, str]]:
+    masks = [keyword.value for keyword in node.keywords if keyword.arg == "mask"]
+    if ast.unparse(node.func) == "tl.where":
+        masks.append(node.args[0])
+    for mask in masks:
+        # Equal to itself: true everywhere, in the mask's own shape.
+        text = ast.get_source_segment(source, mask)
+        yield "mask", mask, f"(({text}) == ({text}))"
+
+
+def _replace(source: str, function: str, kind: str, node: Any, after: str) -> Mutant:
+    lines = source.splitlines(keepends=True)
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line))
+    start = starts[node.lineno - 1] + node.col_offset
+    stop = starts[node.end_lineno - 1] + node.end_col_offset
+    # One line, so that what follows keeps its place; brackets make that legal.
+    after = " ".join(after.split())
+    changed = source[:start] + after + source[stop:]
+    return Mutant(function, node.lineno, kind, source[start:stop], after, changed)
