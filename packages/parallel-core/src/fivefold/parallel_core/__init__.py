@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fivefold.parallel_core.activations import ActivationLedger
     from fivefold.parallel_core.errors import (
         CheckpointError,
         ConfigError,
@@ -17,9 +18,11 @@ if TYPE_CHECKING:
     from fivefold.parallel_core.ledger import CommLedger
     from fivefold.parallel_core.parameters import ParameterTable
     from fivefold.parallel_core.plan import parallelize
+    from fivefold.parallel_core.regions import recompute
     from fivefold.parallel_core.topology import Topology
 
 __all__ = [
+    "ActivationLedger",
     "CheckpointError",
     "CommLedger",
     "ConfigError",
@@ -32,9 +35,11 @@ __all__ = [
     "Topology",
     "launch",
     "parallelize",
+    "recompute",
 ]
 
 _HOMES = {
+    "ActivationLedger": "activations",
     "CheckpointError": "errors",
     "CommLedger": "ledger",
     "ConfigError": "errors",
@@ -47,6 +52,7 @@ _HOMES = {
     "Topology": "topology",
     "launch": "launcher",
     "parallelize": "plan",
+    "recompute": "regions",
 }
 
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fivefold.parallel_core.recomputing import is_recomputing
+
 
 class CrossEntropy(nn.Module):
     """Sum of the tokens' softmax cross entropies; the seam that vocabulary parallelism swaps.
@@ -74,7 +76,9 @@ class SideOutputs:
         return _AddLoss.apply(onto, value, self) if torch.is_grad_enabled() else onto
 
     def count(self, name: str, value: Tensor) -> None:
-        """Add ``value`` to the running total called ``name``."""
+        """Add ``value`` to the total called ``name``; a recomputation adds nothing."""
+        if is_recomputing():
+            return
         value = value.detach()
         self.totals[name] = self.totals[name] + value if name in self.totals else value.clone()
 

@@ -1,11 +1,10 @@
 """Applying a plan to a model, in the one order: model axes by the plan, then data."""
 
-import re
-
 from torch import nn
 
 from fivefold.parallel_core.data_parallel import Precision, shard_data
 from fivefold.parallel_core.errors import ConfigError
+from fivefold.parallel_core.names import matching
 from fivefold.parallel_core.parameters import ParameterTable
 from fivefold.parallel_core.styles import Plan, Style
 from fivefold.parallel_core.topology import Topology
@@ -69,22 +68,18 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
         ConfigError: a pattern that names none.
     """
     names = [name for name, _ in model.named_modules()]
-    idle = [p for p, regex in _compiled(plan).items() if not any(map(regex.fullmatch, names))]
+    idle = set(plan).difference(*(matching(name, plan) for name in names))
     if idle:
         raise ConfigError(
-            f"the plan's pattern(s) {', '.join(idle)} name no module of {type(model).__name__}"
+            f"the plan's pattern(s) {', '.join(sorted(idle))} name no module of "
+            f"{type(model).__name__}"
         )
 
 
-def _compiled(plan: Plan) -> dict[str, re.Pattern[str]]:
-    return {pattern: re.compile(re.escape(pattern).replace(r"\*", "[^.]+")) for pattern in plan}
-
-
 def _matches(model: nn.Module, plan: Plan) -> list[tuple[str, Style]]:
-    patterns = _compiled(plan)
     found = []
     for name, _ in model.named_modules():
-        hits = [pattern for pattern, regex in patterns.items() if regex.fullmatch(name)]
+        hits = matching(name, plan)
         if len(hits) > 1:
             raise ConfigError(
                 f"module {name!r} falls under {len(hits)} patterns of the plan: "

@@ -1,0 +1,124 @@
+"""Recomputing named regions of a model in backward instead of keeping their activations.
+
+Korthikanti et al., arXiv 2205.05198, section 5: "selective" repeats only the attention core, whose
+scores and probabilities are most of the memory and little of the work; "full" keeps only the input
+of each layer.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial, wraps
+from typing import Any, Protocol, runtime_checkable
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fivefold.parallel_core.errors import ConfigError
+from fivefold.parallel_core.names import matching
+from fivefold.parallel_core.recomputing import recomputation
+
+MODES: Mapping[str, tuple[str, ...]] = {
+    "none": (),
+    "selective": ("attention_core",),
+    "full": ("layer",),
+}
+
+
+@runtime_checkable
+class HasRegions(Protocol):
+    """A model that names the parts of itself that may be recomputed.
+
+    Attributes:
+        recompute_regions: region to the pattern of its modules' names; ``*`` stands for one part of
+            a dotted name. "attention_core" and "layer" are what the modes use.
+    """
+
+    recompute_regions: Mapping[str, str]
+
+
+class _Recomputed:
+    """Marks a class whose modules make their activations again in backward."""
+
+
+def recompute(model: nn.Module, regions: str | Sequence[str]) -> None:
+    """Recompute regions of ``model`` in backward, in place; call it after the plan was applied.
+
+    Results and gradients are bitwise what they were: random numbers are restored. Parameters keep
+    their names.
+
+    Args:
+        model: with ``recompute_regions``, which pipeline stages keep.
+        regions: "none", "selective" (attention cores), "full" (whole layers), or names of the
+            model's regions.
+
+    Raises:
+        ConfigError: a mode or region that is not there, or regions inside each other.
+
+    Example:
+        >>> recompute(model, "selective")              # doctest: +SKIP
+        >>> recompute(model, ["attention_core", "mlp_norm"])  # doctest: +SKIP
+    """
+    names = _names(model, _patterns(model, regions))
+    for outer in names:
+        inner = next((name for name in names if name.startswith(f"{outer}.")), None)
+        if inner is not None:
+            raise ConfigError(
+                f"{inner} lies inside {outer}, which is recomputed as a whole; choose one of them"
+            )
+    for name in names:
+        module = model.get_submodule(name)
+        if not isinstance(module, _Recomputed):
+            module.__class__ = _recomputed(type(module))
+
+
+def check_regions(model: nn.Module, regions: str | Sequence[str]) -> None:
+    """Raise what ``recompute`` would for the whole ``model``, and change nothing.
+
+    Raises:
+        ConfigError: a mode or region that is not there, or one that names no module.
+    """
+    for region, pattern in _patterns(model, regions).items():
+        if not _names(model, {region: pattern}):
+            raise ConfigError(
+                f"the region {region!r} of {type(model).__name__} is {pattern!r}, which names no "
+                "module"
+            )
+
+
+def _patterns(model: nn.Module, regions: str | Sequence[str]) -> Mapping[str, str]:
+    if isinstance(regions, str):
+        if regions not in MODES:
+            raise ConfigError(
+                f"recompute is one of {', '.join(MODES)}, or a list of regions; found {regions!r}"
+            )
+        regions = MODES[regions]
+    known = model.recompute_regions if isinstance(model, HasRegions) else {}
+    unknown = [region for region in regions if region not in known]
+    if unknown:
+        raise ConfigError(
+            f"{type(model).__name__} has no region {', '.join(unknown)} to recompute; it has "
+            f"{', '.join(known) or 'none'}"
+        )
+    return {region: known[region] for region in regions}
+
+
+def _names(model: nn.Module, patterns: Mapping[str, str]) -> list[str]:
+    return [name for name, _ in model.named_modules() if matching(name, patterns.values())]
+
+
+def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of a recomputed module: all as before, but for what ``forward`` keeps."""
+    once = kind.forward
+
+    @wraps(once)  # its arguments keep their names
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(
+            partial(once, self), *args, use_reentrant=False, context_fn=_contexts, **kwargs
+        )
+
+    body = {"__module__": kind.__module__, "forward": forward}
+    return type(kind.__name__, (_Recomputed, kind), body)
+
+
+def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), recomputation()

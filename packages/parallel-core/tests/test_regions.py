@@ -1,0 +1,155 @@
+"""Recomputed regions: bitwise what they were, and counted once."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fivefold.parallel_core import ConfigError, Layout, Topology, launch, parallelize, recompute
+from fivefold.parallel_core.losses import SideOutputs
+from fivefold.parallel_core.recomputing import is_recomputing, recomputation
+from fivefold.parallel_core.regions import check_regions
+
+from .gpt import GPT, B, H, S, plan
+
+CHOICES = [
+    "selective",
+    "full",
+    ["mlp_activation"],
+    ["norms", "attention_core", "mlp_activation"],
+]
+
+
+def step(model: nn.Module, length: int = S) -> list[Tensor]:
+    """Output and every gradient, from fixed random numbers; dropout draws in between."""
+    torch.manual_seed(3)
+    x = torch.randn(B, length, H, requires_grad=True)
+    y = model(x)
+    y.square().sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return [y.detach(), x.grad, torch.rand(1), *gradients]
+
+
+@pytest.mark.parametrize("regions", CHOICES, ids=str)
+def test_bitwise_equal_with_dropout_and_the_random_numbers_after_it(regions: Any) -> None:
+    model = GPT(num_layers=2)
+    names = [name for name, _ in model.named_parameters()]
+    expected = step(model)
+    recompute(model, regions)
+    found = step(model)
+    assert len(found) == len(expected) == 3 + len(names)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert [name for name, _ in model.named_parameters()] == names
+    again = step(copy.deepcopy(model))
+    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+
+
+def _on_ranks(regions: Any, sequence: bool) -> bool:
+    topology = Topology(Layout(2, tp=2))
+    model = GPT(num_layers=2)
+    parallelize(model, topology, plan(sequence))
+    length = S // 2 if sequence else S
+    expected = step(model, length)
+    recompute(model, regions)
+    return all(torch.equal(a, b) for a, b in zip(step(model, length), expected, strict=True))
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_bitwise_equal_under_tensor_parallelism(sequence: bool) -> None:
+    for regions in ("selective", "full"):
+        assert launch(_on_ranks, 2, regions, sequence) == [True, True]
+
+
+def test_none_and_twice_change_nothing() -> None:
+    model = GPT()
+    recompute(model, "none")
+    assert (
+        type(model.layers[0].attention.core).__mro__ == type(GPT().layers[0].attention.core).__mro__
+    )
+    recompute(model, "selective")
+    once = type(model.layers[0].attention.core)
+    recompute(model, "selective")
+    assert type(model.layers[0].attention.core) is once
+    assert once.__name__ == "Core"
+
+
+class Counting(nn.Module):
+    """Adds a side loss and counts its own calls."""
+
+    def __init__(self, side: SideOutputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.side, self.calls, self.repeated = side, 0, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.repeated += is_recomputing()
+        y = (x * self.weight).tanh()
+        return self.side.loss("square", y.square().sum(), y)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.recompute_regions = {"layer": "layers.*", "attention_core": "nowhere"}
+        self.side = SideOutputs()
+        self.layers = nn.ModuleList(Counting(self.side) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_side_outputs_count_once_and_keep_their_gradient() -> None:
+    plain, net = Net(), Net()
+    recompute(net, "full")
+    for model in (plain, net):
+        model(torch.ones(3)).sum().backward()
+    assert [(layer.calls, layer.repeated) for layer in net.layers] == [(2, 1), (2, 1)]
+    assert torch.equal(net.side.drain()["square"], plain.side.drain()["square"])
+    for a, b in zip(net.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_no_gradients_no_repetition() -> None:
+    net = Net()
+    recompute(net, "full")
+    with torch.no_grad():
+        net(torch.ones(3))
+    assert [layer.calls for layer in net.layers] == [1, 1]
+
+
+def test_is_recomputing_only_inside() -> None:
+    assert not is_recomputing()
+    with recomputation(), recomputation():
+        assert is_recomputing()
+    assert not is_recomputing()
+
+
+@pytest.mark.parametrize(
+    ("model", "regions", "message"),
+    [
+        (GPT, "most", r"none, selective, full, or a list of regions; found 'most'"),
+        (GPT, ["mlp", "norms"], r"GPT has no region mlp to recompute; it has attention_core, mlp_"),
+        (nn.Identity, "selective", r"Identity has no region attention_core to recompute; it has n"),
+        (
+            GPT,
+            ["layer", "norms"],
+            r"layers.0.mlp_norm lies inside layers.0, which is recomputed as",
+        ),
+    ],
+)
+def test_what_cannot_be_recomputed_is_said(model: Any, regions: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        recompute(model(), regions)
+
+
+def test_a_region_without_modules_is_found_on_the_whole_model() -> None:
+    check_regions(GPT(), ["norms"])
+    with pytest.raises(ConfigError, match=r"'attention_core' of Net is 'nowhere', which names no"):
+        check_regions(Net(), "selective")
+    recompute(Net(), "selective")  # a pipeline stage may lack them
