@@ -50,6 +50,7 @@ class Case:
         stages_per_rank: more than 1 is the interleaved schedule.
         microbatch_size: sequences in a microbatch; there are as many as fill the batch.
         precision: dtypes and resharding.
+        recompute: what backward recomputes.
     """
 
     degrees: tuple[tuple[str, int | str], ...]
@@ -57,6 +58,7 @@ class Case:
     stages_per_rank: int = 1
     microbatch_size: int = 2
     precision: Precision = DOUBLE
+    recompute: str = "none"
 
     def __str__(self) -> str:
         words = [f"{name}={degree}" for name, degree in self.degrees] or ["data"]
@@ -66,6 +68,7 @@ class Case:
         words += [f"microbatch={self.microbatch_size}"] * (self.microbatch_size != 2)
         words += [self.precision.compute] * (self.precision.compute != "float64")
         words += ["reshard"] * self.precision.reshard_after_forward
+        words += [f"recompute {self.recompute}"] * (self.recompute != "none")
         return " ".join(words)
 
 
@@ -197,6 +200,7 @@ def make_job(case: Case) -> Job:
         tail=sharding.TAIL,
         pipeline=pipeline,
         precision=case.precision,
+        regions=case.recompute,
     )
     model.initialise(model.parts[0].initialisation, SEED)
     runner = make_runner(

@@ -24,7 +24,7 @@ BFLOAT16 = Precision(compute="bfloat16")
 
 def case(model: MoEConfig = MODEL, /, **values: object) -> Case:
     """A case; what is not its own is the layout's."""
-    names = ("stages_per_rank", "microbatch_size", "precision")
+    names = ("stages_per_rank", "microbatch_size", "precision", "recompute")
     own = {name: values.pop(name) for name in names if name in values}
     return Case(degrees=tuple(values.items()), model=model, **own)  # type: ignore[arg-type]
 
@@ -52,6 +52,10 @@ CASES = [
     case(DEEP, pp=4, ep=2, microbatch_size=1),  # 2, 1, 1 and 1 layers
     case(DEEP, tp=2, pp=2, ep=4, stages_per_rank=2),
     case(DEEP, tp=2, cp=2, pp=2, etp=2, ep=2, stages_per_rank=2, microbatch_size=4),
+    case(tp=2, cp=2, ep=8, recompute="full"),
+    case(tp=2, ep=4, precision=RESHARD, recompute="full"),
+    case(UNEVEN, tp=2, cp=2, pp=2, ep=4, recompute="attention_core+experts"),
+    case(DEEP, tp=2, pp=2, ep=4, stages_per_rank=2, recompute="attention+moe+norms"),
 ]
 
 

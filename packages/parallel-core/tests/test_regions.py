@@ -19,6 +19,7 @@ CHOICES = [
     "full",
     ["mlp_activation"],
     ["norms", "attention_core", "mlp_activation"],
+    "norms+mlp_activation",
 ]
 
 
@@ -133,9 +134,18 @@ def test_is_recomputing_only_inside() -> None:
 @pytest.mark.parametrize(
     ("model", "regions", "message"),
     [
-        (GPT, "most", r"none, selective, full, or a list of regions; found 'most'"),
-        (GPT, ["mlp", "norms"], r"GPT has no region mlp to recompute; it has attention_core, mlp_"),
-        (nn.Identity, "selective", r"Identity has no region attention_core to recompute; it has n"),
+        (
+            GPT,
+            "most",
+            r"GPT has no region 'most' to .* modes none, selective, full and its regions",
+        ),
+        (
+            GPT,
+            ["mlp", "norms"],
+            r"GPT has no region 'mlp' to recompute; .* regions attention_core, m",
+        ),
+        (GPT, "norms+mlp", r"GPT has no region 'mlp' to recompute"),
+        (nn.Identity, "selective", r"no region 'attention_core' to .* its regions \(none\)"),
         (
             GPT,
             ["layer", "norms"],

@@ -3,7 +3,8 @@
 Legend: B sequences, S tokens of a sequence here, H hidden width, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,15 @@ class MoEForCausalLM(Pretrained):
     >>> MoEForCausalLM(config)(torch.tensor([[1, 2, 3]])).shape
     torch.Size([1, 3, 100])
     """
+
+    recompute_regions: ClassVar[Mapping[str, str]] = {
+        "attention_core": "layers.*.attention.core",
+        "attention": "layers.*.attention",
+        "experts": "layers.*.mlp.experts",
+        "moe": "layers.*.mlp",
+        "norms": "layers.*.*_norm",
+        "layer": "layers.*",
+    }
 
     embed_tokens: nn.Embedding | None
     norm: nn.RMSNorm | None

@@ -19,6 +19,7 @@ from fivefold.parallel_core.config import Config, load_toml, override, replace
 from fivefold.parallel_core.errors import ConfigError
 from fivefold.parallel_core.files import write_json
 from fivefold.parallel_core.layout import DEFAULT_ORDER, Layout
+from fivefold.parallel_core.regions import check_regions
 from fivefold.parallel_core.topology import Topology
 from fivefold.parallel_core.training.data import EvaluationBatches, TextBatches
 from fivefold.parallel_core.training.loop import Outcome, Report, Trainer, TrainingConfig
@@ -156,6 +157,8 @@ def check(config: RunConfig, world_size: int) -> Layout:
     stages = layout.pp * config.training.pipeline.stages_per_rank
     config.training.num_microbatches(layout.dp, layout.pp)
     sharding.check_stages(config.model, stages)
+    with torch.device("meta"):
+        check_regions(MoEForCausalLM(config.model), config.training.recompute)
     return layout
 
 
@@ -183,6 +186,7 @@ def build_model(config: RunConfig, topology: Topology) -> ParallelModel:
         tail=sharding.TAIL,
         pipeline=config.training.pipeline,
         precision=config.training.precision,
+        regions=config.training.recompute,
     )
     first: Any = model.parts[0]
     model.initialise(first.initialisation, config.training.seed)

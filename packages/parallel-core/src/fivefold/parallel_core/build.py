@@ -17,6 +17,7 @@ from fivefold.parallel_core.pipeline import (
     keep_stage,
 )
 from fivefold.parallel_core.plan import check_plan, parallelize, tie
+from fivefold.parallel_core.regions import check_regions
 from fivefold.parallel_core.styles import Plan
 from fivefold.parallel_core.topology import Topology
 
@@ -77,6 +78,7 @@ def build(
     pipeline: PipelineConfig | None = None,
     precision: Precision | None = None,
     dtype: torch.dtype | None = None,
+    regions: str | Sequence[str] = "none",
 ) -> ParallelModel:
     """Make this rank's part of a model with storage but no values.
 
@@ -91,6 +93,7 @@ def build(
         pipeline: schedule; the default has one stage on each rank.
         precision: dtypes and FSDP for training; None for inference.
         dtype: of the parameters where ``precision`` is None.
+        regions: what backward recomputes; see ``recompute``.
     """
     pp = topology.axis("pp")
     per_rank = pipeline.stages_per_rank if pipeline else 1
@@ -100,8 +103,9 @@ def build(
         with torch.device("meta"):
             part = make().to(precision.storage_dtype if precision else dtype)
         check_plan(part, plan)
+        check_regions(part, regions)
         keep_stage(part, pp.rank + i * pp.size, pp.size * per_rank, head=head, tail=tail)
-        parallelize(part, topology, plan, precision, table)
+        parallelize(part, topology, plan, precision, table, regions)
         part.to_empty(device=topology.device)
         tie(part)
         parts.append(part)

@@ -1,4 +1,6 @@
-"""Applying a plan to a model, in the one order: model axes by the plan, then data."""
+"""Applying a plan to a model, in the one order: model axes, recomputation, then data."""
+
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -6,6 +8,7 @@ from fivefold.parallel_core.data_parallel import Precision, shard_data
 from fivefold.parallel_core.errors import ConfigError
 from fivefold.parallel_core.names import matching
 from fivefold.parallel_core.parameters import ParameterTable
+from fivefold.parallel_core.regions import recompute
 from fivefold.parallel_core.styles import Plan, Style
 from fivefold.parallel_core.topology import Topology
 
@@ -16,6 +19,7 @@ def parallelize(
     plan: Plan,
     precision: Precision | None = None,
     table: ParameterTable | None = None,
+    regions: str | Sequence[str] = "none",
 ) -> ParameterTable:
     """Lay ``model`` over the ranks of ``topology``, in place.
 
@@ -29,6 +33,7 @@ def parallelize(
         precision: dtypes and FSDP's resharding; None leaves parameters unsharded over the data
             axes, as inference wants them.
         table: the table to enter parameters in, for the second and later stages of one rank.
+        regions: what backward recomputes; see ``recompute``.
 
     Returns:
         The table of the model's parameters.
@@ -44,6 +49,7 @@ def parallelize(
         setattr(model.get_submodule(parent), child, replacement)
     tie(model)
     table.pieces(model)
+    recompute(model, regions)
     if precision is not None:
         shard_data(model, table, _units(model), precision)
     return table

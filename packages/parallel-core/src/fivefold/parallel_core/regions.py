@@ -49,7 +49,7 @@ def recompute(model: nn.Module, regions: str | Sequence[str]) -> None:
     Args:
         model: with ``recompute_regions``, which pipeline stages keep.
         regions: "none", "selective" (attention cores), "full" (whole layers), or names of the
-            model's regions.
+            model's regions, as a list or joined by "+".
 
     Raises:
         ConfigError: a mode or region that is not there, or regions inside each other.
@@ -87,17 +87,13 @@ def check_regions(model: nn.Module, regions: str | Sequence[str]) -> None:
 
 def _patterns(model: nn.Module, regions: str | Sequence[str]) -> Mapping[str, str]:
     if isinstance(regions, str):
-        if regions not in MODES:
-            raise ConfigError(
-                f"recompute is one of {', '.join(MODES)}, or a list of regions; found {regions!r}"
-            )
-        regions = MODES[regions]
+        regions = MODES[regions] if regions in MODES else regions.split("+")
     known = model.recompute_regions if isinstance(model, HasRegions) else {}
     unknown = [region for region in regions if region not in known]
     if unknown:
         raise ConfigError(
-            f"{type(model).__name__} has no region {', '.join(unknown)} to recompute; it has "
-            f"{', '.join(known) or 'none'}"
+            f"{type(model).__name__} has no region {', '.join(map(repr, unknown))} to recompute; "
+            f"there are the modes {', '.join(MODES)} and its regions {', '.join(known) or '(none)'}"
         )
     return {region: known[region] for region in regions}
 

@@ -52,6 +52,8 @@ class TrainingConfig(Config):
         schedule: learning rate.
         precision: dtypes.
         pipeline: schedule over the pipeline ranks.
+        recompute: what backward recomputes instead of keeping it: "none", "selective", "full", or
+            regions of the model joined by "+".
     """
 
     steps: int
@@ -68,6 +70,7 @@ class TrainingConfig(Config):
     schedule: WarmupCosine
     precision: Precision = field(default_factory=Precision)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    recompute: str = "none"
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch_size", "microbatch_size", "sequence_length"):
