@@ -10,11 +10,13 @@ from torch import Tensor
 
 from fivefold.moe import MoEConfig, MoEForCausalLM, sharding
 from fivefold.parallel_core.build import ParallelModel, build, make_runner
+from fivefold.parallel_core.context import take_held
 from fivefold.parallel_core.data_parallel import Precision
 from fivefold.parallel_core.gradients import clip, global_norm, sum_partial
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.parameters import ParameterTable, Piece, initialise
 from fivefold.parallel_core.pipeline import PipelineConfig, Runner
+from fivefold.parallel_core.sequence_split import ContextConfig
 from fivefold.parallel_core.topology import Topology
 from fivefold.parallel_core.training.optimizer import AdamWConfig, ShardedAdamW
 
@@ -51,6 +53,7 @@ class Case:
         microbatch_size: sequences in a microbatch; there are as many as fill the batch.
         precision: dtypes and resharding.
         recompute: what backward recomputes.
+        context: form of attention and split of sequences over "cp".
     """
 
     degrees: tuple[tuple[str, int | str], ...]
@@ -59,6 +62,7 @@ class Case:
     microbatch_size: int = 2
     precision: Precision = DOUBLE
     recompute: str = "none"
+    context: ContextConfig = ContextConfig()  # noqa: RUF009
 
     def __str__(self) -> str:
         words = [f"{name}={degree}" for name, degree in self.degrees] or ["data"]
@@ -68,6 +72,9 @@ class Case:
         words += [f"microbatch={self.microbatch_size}"] * (self.microbatch_size != 2)
         words += [self.precision.compute] * (self.precision.compute != "float64")
         words += ["reshard"] * self.precision.reshard_after_forward
+        words += [f"{self.context.attention} {self.context.split}"] * (
+            self.context != ContextConfig()
+        )
         words += [f"recompute {self.recompute}"] * (self.recompute != "none")
         return " ".join(words)
 
@@ -147,7 +154,7 @@ class Job:
         """This rank's ids and targets."""
         dp, cp = self.topology.axis("dp"), self.topology.axis("cp")
         inputs, targets = (
-            whole.chunk(dp.size)[dp.rank].chunk(cp.size, 1)[cp.rank].contiguous()
+            take_held(whole.chunk(dp.size)[dp.rank], cp, self.case.context.split)
             for whole in batch(self.case.model.vocab_size)
         )
         return inputs, targets
@@ -191,11 +198,11 @@ def make_job(case: Case) -> Job:
         schedule="1F1B" if case.stages_per_rank == 1 else "Interleaved1F1B",
         stages_per_rank=case.stages_per_rank,
     )
-    sharding.check(config, layout, LENGTH)
+    sharding.check(config, layout, LENGTH, case.context)
     model = build(
         lambda: MoEForCausalLM(config),
         topology,
-        sharding.plan(config),
+        sharding.plan(config, case.context),
         head=sharding.HEAD,
         tail=sharding.TAIL,
         pipeline=pipeline,

@@ -10,6 +10,7 @@ from fivefold.moe.errors import MoEConfigError
 from fivefold.parallel_core.data_parallel import Precision
 from fivefold.parallel_core.launcher import launch
 from fivefold.parallel_core.layout import Layout
+from fivefold.parallel_core.sequence_split import ContextConfig
 
 from .law import DOUBLE, MODEL, STEPS, Case, Record, Verdict, judge, plain_run, with_model
 
@@ -24,7 +25,7 @@ BFLOAT16 = Precision(compute="bfloat16")
 
 def case(model: MoEConfig = MODEL, /, **values: object) -> Case:
     """A case; what is not its own is the layout's."""
-    names = ("stages_per_rank", "microbatch_size", "precision", "recompute")
+    names = ("stages_per_rank", "microbatch_size", "precision", "recompute", "context")
     own = {name: values.pop(name) for name in names if name in values}
     return Case(degrees=tuple(values.items()), model=model, **own)  # type: ignore[arg-type]
 
@@ -53,6 +54,9 @@ CASES = [
     case(DEEP, tp=2, pp=2, ep=4, stages_per_rank=2),
     case(DEEP, tp=2, cp=2, pp=2, etp=2, ep=2, stages_per_rank=2, microbatch_size=4),
     case(tp=2, cp=2, ep=8, recompute="full"),
+    case(cp=4, ep=2, microbatch_size=4, context=ContextConfig(split="zigzag")),
+    case(HEADS, cp=4, ep=2, microbatch_size=4, context=ContextConfig(attention="heads")),
+    case(tp=2, cp=2, ep=8, context=ContextConfig(attention="heads", split="zigzag")),
     case(tp=2, ep=4, precision=RESHARD, recompute="full"),
     case(UNEVEN, tp=2, cp=2, pp=2, ep=4, recompute="attention_core+experts"),
     case(DEEP, tp=2, pp=2, ep=4, stages_per_rank=2, recompute="attention+moe+norms"),

@@ -15,7 +15,7 @@ from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.ledger import CommLedger
 from fivefold.parallel_core.pipeline import keep_stage
 from fivefold.parallel_core.plan import check_plan, parallelize, tie
-from fivefold.parallel_core.styles import ColumnParallel, GatherContext, Replicate, RowParallel
+from fivefold.parallel_core.styles import ColumnParallel, Replicate, RowParallel, SplitContext
 from fivefold.parallel_core.topology import Topology
 
 from .imagined import imagined
@@ -155,7 +155,7 @@ def test_what_does_not_divide_is_refused_with_the_numbers() -> None:
 
 
 def test_a_pattern_that_names_nothing_is_refused() -> None:
-    whole = {**plan(DENSE), "layers.*.attention.kore": GatherContext()}
+    whole = {**plan(DENSE), "layers.*.attention.kore": SplitContext()}
     with pytest.raises(ConfigError, match=r"layers\.\*\.attention\.kore name no module of Toy"):
         check_plan(Toy(DENSE), whole)
     check_plan(Toy(MIXTURE), plan(MIXTURE))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fivefold.parallel_core.box import Box
-from fivefold.parallel_core.context import GatheredContext, OffsetPositions
+from fivefold.parallel_core.context import GatheredContext, SplitPositions
 from fivefold.parallel_core.errors import ConfigError
 from fivefold.parallel_core.linear_group import LinearGroup
 from fivefold.parallel_core.losses import CrossEntropy
@@ -13,9 +13,9 @@ from fivefold.parallel_core.parameters import ParameterTable, Placement
 from fivefold.parallel_core.styles import (
     ColumnParallel,
     ContextPositions,
-    GatherContext,
     Replicate,
     RowParallel,
+    SplitContext,
     Style,
     SumOver,
     VocabParallel,
@@ -197,10 +197,10 @@ def test_the_loss_keeps_its_options() -> None:
 
 def test_context_styles_stand_aside_on_one_rank() -> None:
     core, positions = nn.Identity(), nn.Identity()
-    assert applied(GatherContext(), core, tp=2)[0] is core
+    assert applied(SplitContext(), core, tp=2)[0] is core
     assert applied(ContextPositions(), positions, tp=2)[0] is positions
-    assert isinstance(applied(GatherContext(), core, cp=2)[0], GatheredContext)
-    assert isinstance(applied(ContextPositions(), positions, cp=2)[0], OffsetPositions)
+    assert isinstance(applied(SplitContext(), core, cp=2)[0], GatheredContext)
+    assert isinstance(applied(ContextPositions(), positions, cp=2)[0], SplitPositions)
 
 
 def test_a_sum_over_one_rank_is_the_count_itself() -> None:

@@ -14,13 +14,14 @@ from fivefold.moe.experts import Experts
 from fivefold.moe.folded import folded_dispatcher
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.parameters import ParameterTable, Placement
+from fivefold.parallel_core.sequence_split import ContextConfig, check_split
 from fivefold.parallel_core.styles import (
     ColumnParallel,
     ContextPositions,
-    GatherContext,
     Plan,
     Replicate,
     RowParallel,
+    SplitContext,
     Style,
     SumOver,
     VocabParallel,
@@ -58,14 +59,20 @@ class FoldedDispatch(Style):
         return folded_dispatcher(module, table.topology)
 
 
-def plan(config: MoEConfig) -> Plan:
-    """The plan of a mixture-of-experts decoder."""
+def plan(config: MoEConfig, context: ContextConfig | None = None) -> Plan:
+    """The plan of a mixture-of-experts decoder.
+
+    Args:
+        config: the model's.
+        context: how attention crosses a split sequence.
+    """
+    context = ContextConfig() if context is None else context
     return {
         "embed_tokens": VocabParallel(),
-        "positions": ContextPositions(),
+        "positions": ContextPositions(context.split),
         "layers.*.input_norm": Replicate(),
         "layers.*.attention.qkv": ColumnParallel(),
-        "layers.*.attention.core": GatherContext(),
+        "layers.*.attention.core": SplitContext(context.attention, context.split),
         "layers.*.attention.o_proj": RowParallel(),
         "layers.*.mlp_norm": Replicate(),
         "layers.*.mlp.router": Replicate(),
@@ -78,12 +85,19 @@ def plan(config: MoEConfig) -> Plan:
     }
 
 
-def check(config: MoEConfig, layout: Layout, sequence_length: int | None = None) -> None:
+def check(
+    config: MoEConfig,
+    layout: Layout,
+    sequence_length: int | None = None,
+    context: ContextConfig | None = None,
+) -> None:
     """Check that a model fits a layout, before anything is built.
 
     Raises:
         MoEConfigError: with the size that does not divide and what would.
+        ConfigError: a sequence that cannot be split so.
     """
+    context = ContextConfig() if context is None else context
     sizes = [
         ("num_attention_heads", config.num_attention_heads, "tp", layout.tp),
         ("num_key_value_heads", config.num_key_value_heads, "tp", layout.tp),
@@ -92,6 +106,10 @@ def check(config: MoEConfig, layout: Layout, sequence_length: int | None = None)
     ]
     if sequence_length is not None:
         sizes.append(("sequence_length", sequence_length, "tp*cp", layout.tp * layout.cp))
+        check_split(sequence_length, layout.cp, context.split)
+    if context.attention == "heads" and layout.cp > 1:
+        heads, degree = config.num_attention_heads, layout.tp * layout.cp
+        sizes.append(("num_attention_heads", heads, "tp*cp", degree))
     for name, size, axis, degree in sizes:
         if size % degree:
             legal = [d for d in range(1, size + 1) if size % d == 0]

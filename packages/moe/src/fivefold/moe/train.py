@@ -20,6 +20,7 @@ from fivefold.parallel_core.errors import ConfigError
 from fivefold.parallel_core.files import write_json
 from fivefold.parallel_core.layout import DEFAULT_ORDER, Layout
 from fivefold.parallel_core.regions import check_regions
+from fivefold.parallel_core.sequence_split import ContextConfig
 from fivefold.parallel_core.topology import Topology
 from fivefold.parallel_core.training.data import EvaluationBatches, TextBatches
 from fivefold.parallel_core.training.loop import Outcome, Report, Trainer, TrainingConfig
@@ -78,10 +79,11 @@ class DataConfig(Config):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig(Config):
-    """All of a run: model, layout, data and training, as in the sections of its TOML file."""
+    """All of a run, as in the sections of its TOML file."""
 
     model: MoEConfig
     layout: LayoutConfig = field(default_factory=LayoutConfig)
+    context: ContextConfig = field(default_factory=ContextConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig
 
@@ -153,7 +155,7 @@ def check(config: RunConfig, world_size: int) -> Layout:
             f"training.sequence_length={length} is more than model.max_position_embeddings="
             f"{longest}, the longest the model is meant for; change one of them"
         )
-    sharding.check(config.model, layout, config.training.sequence_length)
+    sharding.check(config.model, layout, config.training.sequence_length, config.context)
     stages = layout.pp * config.training.pipeline.stages_per_rank
     config.training.num_microbatches(layout.dp, layout.pp)
     sharding.check_stages(config.model, stages)
@@ -181,7 +183,7 @@ def build_model(config: RunConfig, topology: Topology) -> ParallelModel:
     model = build(
         lambda: MoEForCausalLM(config.model),
         topology,
-        sharding.plan(config.model),
+        sharding.plan(config.model, config.context),
         head=sharding.HEAD,
         tail=sharding.TAIL,
         pipeline=config.training.pipeline,
@@ -215,6 +217,7 @@ def make_trainer(config: RunConfig, topology: Topology, folder: Path | None) -> 
         global_batch_size=training.global_batch_size,
         seed=training.seed,
         **place,
+        split=config.context.split,
     )
     heldout = _heldout(config, dataset, place)
     model = build_model(config, topology)
@@ -259,6 +262,7 @@ def _heldout(
         global_batch_size=config.training.global_batch_size,
         num_windows=config.training.evaluation_sequences,
         **place,
+        split=config.context.split,
     )
 
 

@@ -13,7 +13,7 @@ The gradient of a ``replicate`` tensor is ``partial`` and the other way round; `
 On an axis of one rank every function returns its input and sends nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,6 +141,34 @@ def scatter_sum_rows(x: Tensor, sizes: Sequence[int], axis: Axis) -> Tensor:
     mine = sizes[axis.rank]
     pieces = exchange_rows(x, [mine] * axis.size, sizes, axis)
     return pieces.view(axis.size, mine, *x.shape[1:]).sum(0)
+
+
+def start_shift(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
+    """Send ``x`` to the next rank round the axis and begin to take the one before's.
+
+    Returns:
+        A function that waits and gives what came, of the shape of ``x``; ``x`` must not change
+        before that.
+    """
+    x = x.detach().contiguous()
+    if axis.group is None:
+        return lambda: x
+    out = torch.empty_like(x)
+    after, before = ((axis.rank + step) % axis.size for step in (1, -1))
+    with labelled(axis.name):
+        works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, x, axis.ranks[after], axis.group),
+                dist.P2POp(dist.irecv, out, axis.ranks[before], axis.group),
+            ]
+        )
+
+    def wait() -> Tensor:
+        for work in works:
+            work.wait()
+        return out
+
+    return wait
 
 
 # ---- with autograd -------------------------------------------------------------------------

@@ -13,11 +13,18 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from fivefold.parallel_core.collectives import piece_size, sum_over
-from fivefold.parallel_core.context import GatheredContext, OffsetPositions
+from fivefold.parallel_core.context import (
+    ContextCore,
+    GatheredContext,
+    HeadsContext,
+    SplitPositions,
+)
 from fivefold.parallel_core.errors import ConfigError
 from fivefold.parallel_core.linear_group import LinearGroup
 from fivefold.parallel_core.losses import CrossEntropy
 from fivefold.parallel_core.parameters import ParameterTable, Placement
+from fivefold.parallel_core.ring import RingContext
+from fivefold.parallel_core.sequence_split import Split
 from fivefold.parallel_core.tensor_parallel import (
     ColumnParallelLinears,
     RowParallelLinear,
@@ -219,28 +226,56 @@ class VocabParallelLoss(Style):
         return VocabParallelCrossEntropy.of(loss, table.topology.axis(self.axis), self.vocab_size)
 
 
-@dataclass(frozen=True)
-class GatherContext(Style):
-    """Attention over a sequence split over "cp": keys and values are gathered, queries stay."""
+CONTEXT_FORMS: Mapping[str, type[ContextCore]] = {
+    "gather": GatheredContext,
+    "ring": RingContext,
+    "heads": HeadsContext,
+}
 
+
+@dataclass(frozen=True)
+class SplitContext(Style):
+    """Attention over a sequence that is split over "cp".
+
+    Attributes:
+        form: "gather" (all keys and values are gathered), "ring" (they pass by; the core needs
+            ``partial``), "heads" (tokens are exchanged for heads), or a ``ContextCore`` class that
+            does it another way.
+        split: how the sequence is split; ``ContextPositions`` and the data need the same.
+    """
+
+    form: str | type[ContextCore] = "gather"
+    split: Split = "contiguous"
     axis: str = "cp"
 
     def apply(self, module: nn.Module, name: str, table: ParameterTable) -> nn.Module:
         """Wrap an attention core."""
+        kind = CONTEXT_FORMS.get(self.form) if isinstance(self.form, str) else self.form
+        if kind is None:
+            raise ConfigError(
+                f"SplitContext at {name!r}: the form is one of {', '.join(CONTEXT_FORMS)}; found "
+                f"{self.form!r}"
+            )
+        if issubclass(kind, RingContext) and not callable(getattr(module, "partial", None)):
+            raise ConfigError(
+                f"SplitContext at {name!r}: a ring needs a core with partial(q, k, v, offset), "
+                f"which {type(module).__name__} has not; use 'gather' or 'heads'"
+            )
         axis = table.topology.axis(self.axis)
-        return GatheredContext(module, axis) if axis.size > 1 else module
+        return kind(module, axis, self.split) if axis.size > 1 else module
 
 
 @dataclass(frozen=True)
 class ContextPositions(Style):
-    """Positions of a sequence split over "cp" in contiguous pieces."""
+    """Positions of a sequence that is split over "cp"."""
 
+    split: Split = "contiguous"
     axis: str = "cp"
 
     def apply(self, module: nn.Module, name: str, table: ParameterTable) -> nn.Module:
         """Wrap the positions seam."""
         axis = table.topology.axis(self.axis)
-        return OffsetPositions(module, axis) if axis.size > 1 else module
+        return SplitPositions(module, axis, self.split) if axis.size > 1 else module
 
 
 class _SumOver(nn.Module):

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fivefold.parallel_core.errors import ConfigError, DataError
+from fivefold.parallel_core.sequence_split import Split, held
 from fivefold.parallel_core.training.permutation import permute
 
 # b: this rank's rows of the global batch, s: its slice of the sequence
@@ -48,6 +49,7 @@ class _Windows:
         dp_size: int,
         cp_rank: int,
         cp_size: int,
+        split: Split,
     ):
         _check_share("global_batch_size", global_batch_size, "dp", dp_rank, dp_size)
         _check_share("sequence_length", sequence_length, "cp", cp_rank, cp_size)
@@ -56,8 +58,7 @@ class _Windows:
         self.global_batch_size = global_batch_size
         self._num_rows = global_batch_size // dp_size
         self._first_row = dp_rank * self._num_rows
-        self._slice_length = sequence_length // cp_size
-        self._slice_start = cp_rank * self._slice_length
+        self._held = held(sequence_length, cp_size, cp_rank, split)
 
     def _rows(self, step: int) -> NDArray[np.int64]:
         """Numbers of this rank's rows at ``step``, counted over the whole run."""
@@ -65,15 +66,19 @@ class _Windows:
         return np.arange(start, start + self._num_rows)
 
     def _read(self, windows: NDArray[np.int64], padding: int) -> tuple[Tensor, Tensor]:
-        """This rank's slice of ``windows``; 0 and ``padding`` as targets beyond the tokens."""
-        inputs_bs = torch.zeros(len(windows), self._slice_length, dtype=torch.int64)
+        """This rank's part of ``windows``; 0 and ``padding`` as targets beyond the tokens."""
+        inputs_bs = torch.zeros(len(windows), sum(map(len, self._held)), dtype=torch.int64)
         targets_bs = torch.full_like(inputs_bs, padding)
         for row, window in enumerate(windows.tolist()):
-            start = window * self.sequence_length + self._slice_start
-            ids = self.tokens[start : start + self._slice_length + 1].astype(np.int64)
-            if len(ids) > 1:
-                inputs_bs[row, : len(ids) - 1] = torch.from_numpy(ids[:-1])
-                targets_bs[row, : len(ids) - 1] = torch.from_numpy(ids[1:])
+            column = 0
+            for at in self._held:
+                start = window * self.sequence_length + at.start
+                ids = self.tokens[start : start + len(at) + 1].astype(np.int64)
+                if len(ids) > 1:
+                    here = slice(column, column + len(ids) - 1)
+                    inputs_bs[row, here] = torch.from_numpy(ids[:-1])
+                    targets_bs[row, here] = torch.from_numpy(ids[1:])
+                column += len(at)
         return inputs_bs, targets_bs
 
 
@@ -91,7 +96,8 @@ class TextBatches(_Windows):
         global_batch_size: samples per step over all ranks, a multiple of ``dp_size``.
         seed: of the order.
         dp_rank, dp_size: this rank's place among those that read different rows.
-        cp_rank, cp_size: its place among those that read different slices of the same rows.
+        cp_rank, cp_size: its place among those that read different parts of the same rows.
+        split: how these split a row; see ``sequence_split``.
 
     Raises:
         DataError: fewer tokens than one window.
@@ -109,6 +115,7 @@ class TextBatches(_Windows):
         dp_size: int = 1,
         cp_rank: int = 0,
         cp_size: int = 1,
+        split: Split = "contiguous",
     ):
         super().__init__(
             tokens,
@@ -118,6 +125,7 @@ class TextBatches(_Windows):
             dp_size=dp_size,
             cp_rank=cp_rank,
             cp_size=cp_size,
+            split=split,
         )
         self.seed = seed
         self.num_windows = (len(tokens) - 1) // sequence_length
@@ -164,7 +172,7 @@ class EvaluationBatches(_Windows):
             uses all, and every token but the first is a target exactly once.
         ignore_index: target at padding, in a last short window and in rows that only fill up the
             last batch. All ranks have equally many batches of equal shape.
-        dp_rank, dp_size, cp_rank, cp_size: as in ``TextBatches``.
+        dp_rank, dp_size, cp_rank, cp_size, split: as in ``TextBatches``.
 
     Raises:
         DataError: fewer than two tokens.
@@ -183,6 +191,7 @@ class EvaluationBatches(_Windows):
         dp_size: int = 1,
         cp_rank: int = 0,
         cp_size: int = 1,
+        split: Split = "contiguous",
     ):
         super().__init__(
             tokens,
@@ -192,6 +201,7 @@ class EvaluationBatches(_Windows):
             dp_size=dp_size,
             cp_rank=cp_rank,
             cp_size=cp_size,
+            split=split,
         )
         if num_windows is not None and num_windows < 1:
             raise ConfigError(f"num_windows is {num_windows}: at least 1, or None for all")
