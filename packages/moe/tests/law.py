@@ -15,7 +15,8 @@ from fivefold.parallel_core.data_parallel import Precision
 from fivefold.parallel_core.gradients import clip, global_norm, sum_partial
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.parameters import ParameterTable, Piece, initialise
-from fivefold.parallel_core.pipeline import PipelineConfig, Runner
+from fivefold.parallel_core.pipeline import Runner
+from fivefold.parallel_core.pipeline_config import PipelineConfig
 from fivefold.parallel_core.sequence_split import ContextConfig
 from fivefold.parallel_core.topology import Topology
 from fivefold.parallel_core.training.optimizer import AdamWConfig, ShardedAdamW

@@ -13,7 +13,8 @@ from fivefold.parallel_core.data_parallel import Precision
 from fivefold.parallel_core.gradients import clip, global_norm, sum_partial
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.parameters import ParameterTable, Piece, initialise
-from fivefold.parallel_core.pipeline import PipelineConfig, Runner
+from fivefold.parallel_core.pipeline import Runner
+from fivefold.parallel_core.pipeline_config import PipelineConfig
 from fivefold.parallel_core.styles import Style
 from fivefold.parallel_core.topology import Topology
 from fivefold.parallel_core.training.optimizer import AdamWConfig, ShardedAdamW
@@ -40,6 +41,7 @@ class Case:
     config: ToyConfig = ToyConfig()  # noqa: RUF009
     sequence: bool = True
     stages_per_rank: int = 1
+    schedule: str = ""
     microbatch_size: int = 1
     precision: Precision = DOUBLE
     changes: Mapping[str, Style] = field(default_factory=dict)
@@ -47,6 +49,7 @@ class Case:
     def __str__(self) -> str:
         words = [f"{name}={degree}" for name, degree in self.degrees.items()]
         words += ["whole-sequence"] * (not self.sequence)
+        words += [self.schedule] * (self.schedule != "")
         words += [f"{self.stages_per_rank} stages a rank"] * (self.stages_per_rank > 1)
         words += [f"{self.microbatch_size} in a microbatch"] * (self.microbatch_size > 1)
         words += ["reshard"] * self.precision.reshard_after_forward
@@ -193,7 +196,7 @@ def make_job(case: Case, topology: Topology | None = None) -> Job:
     if topology is None:
         topology = Topology(Layout(world_size, **case.degrees))  # type: ignore[arg-type]
     layout, config = topology.layout, case.config
-    schedule = "1F1B" if case.stages_per_rank == 1 else "Interleaved1F1B"
+    schedule = case.schedule or ("1F1B" if case.stages_per_rank == 1 else "Interleaved1F1B")
     pipeline = PipelineConfig(schedule=schedule, stages_per_rank=case.stages_per_rank)
     model = build(
         lambda: Toy(config),

@@ -15,7 +15,7 @@ from fivefold.parallel_core.errors import ConfigError
 from fivefold.parallel_core.launcher import disconnect, launch
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.ledger import CommLedger
-from fivefold.parallel_core.pipeline import LocalRunner, PipelineConfig, deal_layers, keep_stage
+from fivefold.parallel_core.pipeline import LocalRunner, PipelineConfig, keep_stage
 
 from .rig import (
     BATCH,
@@ -31,35 +31,30 @@ from .rig import (
 )
 from .toy import HEAD, TAIL, ToyConfig
 
+DUAL = PipelineConfig(schedule="DualPipeV", stages_per_rank=2)
 INTERLEAVED = PipelineConfig(schedule="Interleaved1F1B", stages_per_rank=2)
 
 # ---- pure ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_layers", range(1, 13))
-def test_layers_are_dealt_in_order_and_evenly(num_layers: int) -> None:
-    for num_stages in range(1, num_layers + 1):
-        stages = deal_layers(num_layers, num_stages)
-        assert len(stages) == num_stages
-        assert [layer for stage in stages for layer in stage] == list(range(num_layers))
-        lengths = [len(stage) for stage in stages]
-        assert lengths == sorted(lengths, reverse=True), "the first stages have one more"
-        assert lengths[0] - lengths[-1] <= 1
-        assert lengths[-1] >= 1
-
-
-def test_more_stages_than_layers_are_refused_with_both_numbers() -> None:
-    with pytest.raises(ConfigError, match="3 layers cannot fill 4 pipeline stages; at most 3"):
-        deal_layers(3, 4)
-
-
 @pytest.mark.parametrize(
-    ("schedule", "stages"),
-    [("1F1B", 2), ("1F1B", 0), ("Interleaved1F1B", 1), ("Interleaved1F1B", 0)],
+    ("schedule", "stages", "legal"),
+    [
+        ("1F1B", 2, "1"),
+        ("1F1B", 0, "1"),
+        ("GPipe", 2, "1"),
+        ("Interleaved1F1B", 1, "2 or more"),
+        ("LoopedBFS", 0, "2 or more"),
+        ("ZBVZeroBubble", 1, "2"),
+        ("DualPipeV", 3, "2"),
+    ],
 )
-def test_a_schedule_with_the_wrong_number_of_stages_is_refused(schedule: str, stages: int) -> None:
+def test_a_schedule_with_the_wrong_number_of_stages_is_refused(
+    schedule: str, stages: int, legal: str
+) -> None:
     with pytest.raises(
-        ConfigError, match=rf"'{schedule}' with stages_per_rank={stages}; '1F1B' has 1"
+        ConfigError,
+        match=rf"'{schedule}' with stages_per_rank={stages}; it has {legal} on each rank",
     ):
         PipelineConfig(schedule=schedule, stages_per_rank=stages)  # type: ignore[arg-type]
 
@@ -70,6 +65,7 @@ def test_a_schedule_with_the_wrong_number_of_stages_is_refused(schedule: str, st
         (PipelineConfig(), 4, 3, "1F1B over 4 pipeline ranks needs at least 4 .* found 3; raise"),
         (INTERLEAVED, 2, 1, "Interleaved1F1B over 2 .* at least 2 .* found 1"),
         (INTERLEAVED, 2, 3, "needs a multiple of 2 microbatches in a step, found 3"),
+        (DUAL, 2, 3, "DualPipeV over 2 pipeline ranks needs at least 4 .* found 3"),
         (INTERLEAVED, 1, 2, "2 stages on each rank need a pipeline; pp is 1"),
     ],
 )
@@ -84,6 +80,8 @@ def test_what_a_schedule_can_run_is_let_through() -> None:
     PipelineConfig().check(1, 1)
     PipelineConfig().check(4, 5)
     INTERLEAVED.check(2, 4)
+    DUAL.check(2, 4)
+    PipelineConfig(schedule="GPipe").check(4, 1)
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 4])

@@ -11,11 +11,11 @@ from fivefold.parallel_core.losses import SideOutputs
 from fivefold.parallel_core.parameters import ParameterTable, Piece, initialise
 from fivefold.parallel_core.pipeline import (
     LocalRunner,
-    PipelineConfig,
     PipelineRunner,
     Runner,
     keep_stage,
 )
+from fivefold.parallel_core.pipeline_config import PipelineConfig
 from fivefold.parallel_core.plan import check_plan, parallelize, tie
 from fivefold.parallel_core.regions import check_regions
 from fivefold.parallel_core.styles import Plan
@@ -96,7 +96,8 @@ def build(
         regions: what backward recomputes; see ``recompute``.
     """
     pp = topology.axis("pp")
-    per_rank = pipeline.stages_per_rank if pipeline else 1
+    pipeline = PipelineConfig() if pipeline is None else pipeline
+    per_rank = pipeline.stages_per_rank
     table = ParameterTable(topology)
     parts = []
     for i in range(per_rank):
@@ -104,7 +105,8 @@ def build(
             part = make().to(precision.storage_dtype if precision else dtype)
         check_plan(part, plan)
         check_regions(part, regions)
-        keep_stage(part, pp.rank + i * pp.size, pp.size * per_rank, head=head, tail=tail)
+        stage = pipeline.stage_index(pp.rank, i, pp.size)
+        keep_stage(part, stage, pp.size * per_rank, head=head, tail=tail)
         parallelize(part, topology, plan, precision, table, regions)
         part.to_empty(device=topology.device)
         tie(part)

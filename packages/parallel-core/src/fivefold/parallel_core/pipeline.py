@@ -3,62 +3,17 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
+from torch.distributed.pipelining import PipelineStage, schedules
 
-from fivefold.parallel_core.config import Config
 from fivefold.parallel_core.data_parallel import free_gathered, synchronise_last
 from fivefold.parallel_core.errors import ConfigError
+from fivefold.parallel_core.pipeline_config import ONE_STAGE, SPLIT_BACKWARD, PipelineConfig
 from fivefold.parallel_core.topology import Topology
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PipelineConfig(Config):
-    """How the layers lie over the pipeline ranks.
-
-    Attributes:
-        schedule: "1F1B" has one stage on each rank, "Interleaved1F1B" several.
-        stages_per_rank: number of stages on each rank; 1 for "1F1B".
-    """
-
-    schedule: Literal["1F1B", "Interleaved1F1B"] = "1F1B"
-    stages_per_rank: int = 1
-
-    def __post_init__(self) -> None:
-        if (self.schedule == "1F1B") != (self.stages_per_rank == 1) or self.stages_per_rank < 1:
-            raise ConfigError(
-                f"schedule {self.schedule!r} with stages_per_rank={self.stages_per_rank}; '1F1B' "
-                "has 1 stage on each rank, 'Interleaved1F1B' 2 or more"
-            )
-
-    def check(self, num_ranks: int, num_microbatches: int) -> None:
-        """Check that the schedule can run.
-
-        Raises:
-            ConfigError: too few microbatches, or a number the schedule cannot deal out.
-        """
-        if num_ranks == 1:
-            if self.stages_per_rank != 1:
-                raise ConfigError(
-                    f"{self.stages_per_rank} stages on each rank need a pipeline; pp is 1"
-                )
-            return
-        if num_microbatches < num_ranks:
-            raise ConfigError(
-                f"{self.schedule} over {num_ranks} pipeline ranks needs at least {num_ranks} "
-                f"microbatches in a step, found {num_microbatches}; raise the global batch size or "
-                "lower the microbatch size"
-            )
-        if self.schedule == "Interleaved1F1B" and num_microbatches % num_ranks:
-            raise ConfigError(
-                f"Interleaved1F1B over {num_ranks} pipeline ranks needs a multiple of {num_ranks} "
-                f"microbatches in a step, found {num_microbatches}"
-            )
 
 
 def deal_layers(num_layers: int, num_stages: int) -> list[range]:
@@ -177,13 +132,24 @@ class _Contiguous(torch.autograd.Function):
 
 
 class _Stage(PipelineStage):
-    """A stage whose messages are contiguous tensors, as the network needs them."""
+    """A stage whose messages are contiguous tensors, as the network needs them.
+
+    Attributes:
+        splits: whether gradients of inputs and of weights are computed apart.
+    """
+
+    splits = False
 
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
         if not self.is_first:
             args = tuple(_Contiguous.apply(x) for x in args)
         out = super().forward_maybe_with_nosync(*args, **kwargs)
-        return out if self.is_last else _Contiguous.apply(out)
+        if self.is_last:
+            return out
+        if self.splits:
+            # torch then lets go of the output's graph in place, which no view would bear.
+            return out.clone(memory_format=torch.contiguous_format)
+        return _Contiguous.apply(out)
 
 
 def _example(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -204,7 +170,7 @@ class PipelineRunner(Runner):
     """Stages of ``torch.distributed.pipelining`` over the "pp" axis.
 
     Args:
-        parts: this rank's stages in order; part i is stage ``rank + i * pp``.
+        parts: this rank's stages in order; part i is the stage that ``config.stage_index`` says.
         topology: the ranks.
         config: schedule.
         num_microbatches: in a step.
@@ -232,7 +198,7 @@ class PipelineRunner(Runner):
         num_stages = pp.size * config.stages_per_rank
         stages: list[Any] = []
         for i, part in enumerate(parts):
-            index = pp.rank + i * pp.size
+            index = config.stage_index(pp.rank, i, pp.size)
             takes = _example(ids, torch.int64) if index == 0 else _example(hidden, dtype)
             gives = _example(logits if index == num_stages - 1 else hidden, dtype)
             stages.append(
@@ -246,17 +212,21 @@ class PipelineRunner(Runner):
                     group=pp.group,
                 )
             )
-        self.first, self.last = stages[0].is_first, stages[-1].is_last
+        for stage in stages:
+            stage.splits = config.schedule in SPLIT_BACKWARD
+        # V-shaped schedules have both ends on one rank.
+        self.first = any(stage.is_first for stage in stages)
+        self._tail = next((p for p, s in zip(parts, stages, strict=True) if s.is_last), None)
         self._parts, self._scale = parts, 1.0
         kwargs: dict[str, Any] = {"loss_fn": self._loss, "scale_grads": False}
-        self.schedule: Any
-        if config.schedule == "1F1B":
-            self.schedule = Schedule1F1B(stages[0], num_microbatches, **kwargs)
-        else:
-            self.schedule = ScheduleInterleaved1F1B(stages, num_microbatches, **kwargs)
+        make: Any = schedules.get_schedule_class(config.schedule)
+        of = stages[0] if config.schedule in ONE_STAGE else stages
+        self.schedule: Any = make(of, num_microbatches, **kwargs)
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        loss: Tensor = self._parts[-1].get_submodule("loss")(logits, targets) * self._scale
+        if self._tail is None:
+            raise RuntimeError("the loss is computed where the last stage is")
+        loss: Tensor = self._tail.get_submodule("loss")(logits, targets) * self._scale
         return loss
 
     def train(self, inputs: Tensor, targets: Tensor, scale: float) -> Tensor:
@@ -276,7 +246,7 @@ class PipelineRunner(Runner):
     def _run(self, step: Any, inputs: Tensor, targets: Tensor) -> Tensor:
         losses: list[Tensor] = []
         args = (inputs,) if self.first else ()
-        if self.last:
+        if self._tail is not None:
             step(*args, target=targets, losses=losses, return_outputs=False)
         else:
             step(*args, return_outputs=False)

@@ -20,7 +20,8 @@ from fivefold.parallel_core.config import Config
 from fivefold.parallel_core.data_parallel import Precision
 from fivefold.parallel_core.errors import ConfigError, ParallelError
 from fivefold.parallel_core.gradients import clip, global_norm, sum_partial
-from fivefold.parallel_core.pipeline import PipelineConfig, Runner
+from fivefold.parallel_core.pipeline import Runner
+from fivefold.parallel_core.pipeline_config import PipelineConfig
 from fivefold.parallel_core.training.optimizer import AdamWConfig, ShardedAdamW
 from fivefold.parallel_core.training.schedule import WarmupCosine
 from fivefold.parallel_core.training.state import load_state, save_state

@@ -1,0 +1,83 @@
+"""Which pipeline schedules there are, what each needs, and which stages a rank has."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from fivefold.parallel_core.config import Config
+from fivefold.parallel_core.errors import ConfigError
+
+Schedule = Literal[
+    "GPipe",
+    "1F1B",
+    "LoopedBFS",
+    "Interleaved1F1B",
+    "InterleavedZeroBubble",
+    "ZBVZeroBubble",
+    "DualPipeV",
+]
+SCHEDULES: tuple[str, ...] = get_args(Schedule)
+ONE_STAGE = ("GPipe", "1F1B")
+"""Schedules with one stage on each rank; the others have several."""
+SPLIT_BACKWARD = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+"""Schedules that compute the gradients of inputs first and those of weights where there is time."""
+V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
+"""Schedules whose second half runs back over the ranks, so that rank 0 has both ends."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineConfig(Config):
+    """How the layers lie over the pipeline ranks, and in which order microbatches run.
+
+    Attributes:
+        schedule: "GPipe" (arXiv 1811.06965), "1F1B" (PipeDream-Flush, 2006.09503), "LoopedBFS"
+            (2211.05953), "Interleaved1F1B" (2104.04473), "InterleavedZeroBubble" and
+            "ZBVZeroBubble" (2401.10241), "DualPipeV" (2412.19437).
+        stages_per_rank: number of stages on each rank: 1 for "GPipe" and "1F1B", 2 for the V-shaped
+            "ZBVZeroBubble" and "DualPipeV", 2 or more for the others.
+    """
+
+    schedule: Schedule = "1F1B"
+    stages_per_rank: int = 1
+
+    def __post_init__(self) -> None:
+        least = 1 if self.schedule in ONE_STAGE else 2
+        exact = self.schedule in (*ONE_STAGE, *V_SHAPED)
+        if self.stages_per_rank < least or (exact and self.stages_per_rank > least):
+            legal = f"{least}" if exact else f"{least} or more"
+            raise ConfigError(
+                f"schedule {self.schedule!r} with stages_per_rank={self.stages_per_rank}; it has "
+                f"{legal} on each rank"
+            )
+
+    def stage_index(self, rank: int, part: int, num_ranks: int) -> int:
+        """Index of the stage that is the ``part``-th of a pipeline rank."""
+        if self.schedule in V_SHAPED and part == 1:
+            return 2 * num_ranks - 1 - rank
+        return rank + part * num_ranks
+
+    def check(self, num_ranks: int, num_microbatches: int) -> None:
+        """Check that the schedule can run.
+
+        Raises:
+            ConfigError: too few microbatches, or a number the schedule cannot deal out.
+        """
+        if num_ranks == 1:
+            if self.stages_per_rank != 1:
+                raise ConfigError(
+                    f"{self.stages_per_rank} stages on each rank need a pipeline; pp is 1"
+                )
+            return
+        least = 2 * num_ranks if self.schedule == "DualPipeV" else num_ranks
+        least = 1 if self.schedule in ("GPipe", "LoopedBFS") else least
+        if num_microbatches < least:
+            raise ConfigError(
+                f"{self.schedule} over {num_ranks} pipeline ranks needs at least {least} "
+                f"microbatches in a step, found {num_microbatches}; raise the global batch size or "
+                "lower the microbatch size"
+            )
+        dealt = self.schedule in ("Interleaved1F1B", "InterleavedZeroBubble")
+        if dealt and num_microbatches % num_ranks:
+            raise ConfigError(
+                f"{self.schedule} over {num_ranks} pipeline ranks needs a multiple of {num_ranks} "
+                f"microbatches in a step, found {num_microbatches}"
+            )
