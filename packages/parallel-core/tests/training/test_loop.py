@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fivefold.parallel_core.build import build, make_runner
 from fivefold.parallel_core.checkpoint import Checkpoints
-from fivefold.parallel_core.errors import ConfigError
+from fivefold.parallel_core.errors import ConfigError, ParallelError
 from fivefold.parallel_core.launcher import launch
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.losses import SideOutputs
@@ -397,6 +397,61 @@ def test_a_run_that_was_asked_to_stop_goes_on_bit_for_bit(tmp_path: Path) -> Non
     assert all(torch.equal(tensor, expected[name]) for name, tensor in end(resumed).items())
 
 
+def spoil(trainer: Trainer, steps: set[int], value: float) -> Trainer:
+    """Make the gradients of these steps (from 0) infinite or NaN, once each."""
+    weight = trainer.model.parts[0].get_parameter("norm.weight")
+    weight.register_hook(lambda grad: grad * (value if trainer.step in steps else 1.0))
+    return trainer
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_steps_whose_gradient_is_not_finite_change_nothing_and_are_counted(
+    tmp_path: Path, value: float
+) -> None:
+    trainer, told = make_trainer(Topology.local(), folder=tmp_path, steps=4, checkpoint_every=1)
+    spoil(trainer, {0, 2}, value)
+    trainer.train_step()
+    fresh, _ = make_trainer(Topology.local())
+    assert all(torch.equal(end(trainer)[name], x) for name, x in end(fresh).items())
+    assert all(p.grad is None for p in trainer.model.parts[0].parameters())
+    assert trainer.fit() == Outcome(4, True, trainer.heldout_loss)
+    counts = [measured["skipped_steps"] for _, measured in told if "loss" in measured]
+    assert counts == [1, 1, 2, 2]
+
+    # The optimizer has made two updates, also where it goes on from a checkpoint.
+    resumed, _ = make_trainer(Topology.local(), folder=tmp_path, steps=5)
+    assert resumed.resume() == 4
+    assert resumed.skipped == 2
+    trainer.config = resumed.config
+    for each in (trainer, resumed):
+        each.train_step()
+    assert all(torch.equal(end(resumed)[name], x) for name, x in end(trainer).items())
+
+
+def on_ranks_with_one_bad() -> tuple[int, bool]:
+    """Only the last rank's gradient is not finite; all skip the step."""
+    topology = Topology(Layout(4, tp=2))
+    trainer, _ = make_trainer(topology, steps=1)
+    if topology.world_rank == 3:
+        layer = trainer.model.parts[0].get_submodule("layers.0.mlp")
+        layer.register_forward_hook(lambda *call: call[-1] * math.nan)
+    before = end(trainer)
+    trainer.train_step()
+    return trainer.skipped, all(torch.equal(before[name], x) for name, x in end(trainer).items())
+
+
+def test_one_bad_rank_makes_all_skip() -> None:
+    assert launch(on_ranks_with_one_bad, 4) == [(1, True)] * 4
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run() -> None:
+    trainer, told = make_trainer(Topology.local(), steps=9, skip_nonfinite=2)
+    spoil(trainer, {0, 1, 3, 4, 5}, math.nan)
+    with pytest.raises(ParallelError, match=r"step 6: .* nan, after 2 skipped .*skip_nonfinite=2"):
+        trainer.fit()
+    assert [step for step, _ in told] == [1, 2, 3, 4, 5]
+
+
 def test_a_finished_run_is_evaluated_and_not_trained_again(tmp_path: Path) -> None:
     first, _ = make_trainer(Topology.local(), folder=tmp_path)
     outcome = first.fit()
@@ -417,7 +472,13 @@ def test_a_run_with_other_data_is_not_resumed(tmp_path: Path, name: str) -> None
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("steps", 0), ("evaluate_every", 0), ("checkpoint_every", 0), ("gradient_clip", 0.0)],
+    [
+        ("steps", 0),
+        ("skip_nonfinite", -1),
+        ("evaluate_every", 0),
+        ("checkpoint_every", 0),
+        ("gradient_clip", 0.0),
+    ],
 )
 def test_numbers_that_cannot_be_are_refused(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"{name}={value}; "):

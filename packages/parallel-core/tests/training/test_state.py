@@ -12,7 +12,7 @@ from fivefold.parallel_core.errors import ConfigError
 from fivefold.parallel_core.launcher import launch
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.topology import Topology
-from fivefold.parallel_core.training.state import load_state, save_state
+from fivefold.parallel_core.training.state import Progress, load_state, save_state
 
 IDENTITY = {"seed": 3, "data": "abc"}
 
@@ -35,14 +35,16 @@ def draws_after(path: Path, topology: Topology) -> Tensor:
 
 def saved_here(folder: Path, step: int = 5, value: float = 1.0) -> Path:
     """A checkpoint of one process whose random state is not that of a fresh one."""
-    return save_state(Checkpoints(folder), step, part(value), IDENTITY, Topology.local())
+    return save_state(
+        Checkpoints(folder), Progress(step, 2), part(value), IDENTITY, Topology.local()
+    )
 
 
 def test_tensors_and_the_step_come_back(tmp_path: Path) -> None:
     path = saved_here(tmp_path, 7, 2.5)
     assert path == Checkpoints(tmp_path).latest()
     parts = part(0.0)
-    assert load_state(path, parts, IDENTITY, Topology.local()) == 7
+    assert load_state(path, parts, IDENTITY, Topology.local()) == Progress(7, 2)
     assert parts["model.x"].tensor.tolist() == [2.5] * 3
 
 
@@ -75,7 +77,7 @@ def under_two_ranks(one: Path, other: Path, folder: Path) -> dict[str, Tensor]:
     """Random numbers of a rank after loading checkpoints of one process and of these two."""
     topology = Topology(Layout(2))
     torch.manual_seed(20 + topology.world_rank)
-    saved = save_state(Checkpoints(folder), 5, part(1.0), IDENTITY, topology)
+    saved = save_state(Checkpoints(folder), Progress(5), part(1.0), IDENTITY, topology)
     found = {"went on": draw()}
     found["same layout"] = draws_after(saved, topology)
     found["one process"] = draws_after(one, topology)

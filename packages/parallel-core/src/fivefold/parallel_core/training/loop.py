@@ -24,7 +24,7 @@ from fivefold.parallel_core.pipeline import Runner
 from fivefold.parallel_core.pipeline_config import PipelineConfig
 from fivefold.parallel_core.training.optimizer import AdamWConfig, ShardedAdamW
 from fivefold.parallel_core.training.schedule import WarmupCosine
-from fivefold.parallel_core.training.state import load_state, save_state
+from fivefold.parallel_core.training.state import Progress, load_state, save_state
 from fivefold.parallel_core.training.totals import Totals
 
 _SAME_STROKE = 2.0  # seconds in which a second Ctrl-C is taken for the first one
@@ -44,6 +44,8 @@ class TrainingConfig(Config):
         sequence_length: tokens in a sequence.
         seed: of the initial weights and of the order of the data.
         gradient_clip: largest global norm of the gradient; None for no limit.
+        skip_nonfinite: how many steps in a row may have a gradient that is not finite: such a step
+            changes nothing and is counted; one more stops the run.
         evaluate_every: steps between evaluations on held-out text, besides the one at the end;
             None for only that one.
         evaluation_sequences: held-out sequences of an evaluation; None for all.
@@ -63,6 +65,7 @@ class TrainingConfig(Config):
     sequence_length: int
     seed: int = 0
     gradient_clip: float | None = 1.0
+    skip_nonfinite: int = 10
     evaluate_every: int | None = None
     evaluation_sequences: int | None = None
     checkpoint_every: int = 100
@@ -84,6 +87,8 @@ class TrainingConfig(Config):
         ):
             if getattr(self, name) is not None:
                 _at_least_one(name, getattr(self, name))
+        if self.skip_nonfinite < 0:
+            raise ConfigError(f"skip_nonfinite={self.skip_nonfinite}; it must be at least 0")
         if self.gradient_clip is not None and not self.gradient_clip > 0:
             raise ConfigError(
                 f"gradient_clip={self.gradient_clip}; a positive norm, or leave it out for none"
@@ -139,6 +144,7 @@ class Trainer:
 
     Attributes:
         step: finished steps.
+        skipped: those of them whose gradient was not finite.
         heldout_loss: of the last evaluation, in nats a token.
         report: called on rank 0 after each step and evaluation; None tells nobody.
 
@@ -172,7 +178,7 @@ class Trainer:
         self.topology = model.topology
         self.pieces = model.pieces()
         self.optimizer = ShardedAdamW(self.pieces, config.optimizer)
-        self.step = 0
+        self.step = self.skipped = self._skipped_in_a_row = 0
         self.heldout_loss: float | None = None
         # What decides which samples a step sees; a resumed run must agree on it.
         self.identity = {
@@ -200,8 +206,9 @@ class Trainer:
         """
         newest = self.checkpoints.latest() if self.checkpoints else None
         if newest is not None:
-            self.step = load_state(newest, self.parts(), self.identity, self.topology)
-            self.optimizer.set_steps(self.step)
+            progress = load_state(newest, self.parts(), self.identity, self.topology)
+            self.step, self.skipped = progress.step, progress.skipped
+            self.optimizer.set_steps(self.step - self.skipped)
         if self.step > self.config.steps:
             raise ConfigError(
                 f"{newest} is after step {self.step}, but training ends at steps="
@@ -213,7 +220,8 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of the finished steps."""
         if self.checkpoints is not None:
-            save_state(self.checkpoints, self.step, self.parts(), self.identity, self.topology)
+            progress = Progress(self.step, self.skipped)
+            save_state(self.checkpoints, progress, self.parts(), self.identity, self.topology)
 
     def parts(self) -> dict[str, TensorPart]:
         """All that training changes, by name: parameters and optimizer moments."""
@@ -260,6 +268,7 @@ class Trainer:
                 **(self._summarise(sums, self.config.global_batch_size) if self._summarise else {}),
                 "grad_norm": norm,
                 "learning_rate": learning_rate,
+                **({"skipped_steps": self.skipped} if self.skipped else {}),
                 "tokens_per_second": tokens / seconds,
                 "seconds": seconds,
             }
@@ -270,18 +279,31 @@ class Trainer:
         """Reduce and clip the gradients and step; their norm before, and the learning rate."""
         sum_partial(self.pieces, self.topology)
         norm = global_norm(self.pieces, self.topology)
-        if not torch.isfinite(norm):
-            raise ParallelError(
-                f"step {self.step + 1}: the norm of the gradient is {float(norm)}; training stops "
-                "before this step changes anything. Lower the learning rate, clip more, or look "
-                "at the data, and run again: it goes on from the newest checkpoint"
-            )
-        if self.config.gradient_clip is not None:
-            clip(self.pieces, norm, self.config.gradient_clip)
         learning_rate = self.config.schedule.rate(self.step)
-        self.optimizer.step(learning_rate)
+        if torch.isfinite(norm):
+            if self.config.gradient_clip is not None:
+                clip(self.pieces, norm, self.config.gradient_clip)
+            self.optimizer.step(learning_rate)
+            self._skipped_in_a_row = 0
+        else:
+            self._skip(float(norm))
         self.step += 1
         return float(norm), learning_rate
+
+    def _skip(self, norm: float) -> None:
+        """Let go of gradients that are not finite; the norm is the same on all ranks."""
+        if self._skipped_in_a_row == self.config.skip_nonfinite:
+            raise ParallelError(
+                f"step {self.step + 1}: the norm of the gradient is {norm}, after "
+                f"{self._skipped_in_a_row} skipped steps in a row (skip_nonfinite="
+                f"{self.config.skip_nonfinite}); training stops before this step changes anything. "
+                "Lower the learning rate, clip more, or look at the data, and run again: it goes "
+                "on from the newest checkpoint"
+            )
+        for piece in self.pieces:
+            piece.parameter.grad = None
+        self.skipped += 1
+        self._skipped_in_a_row += 1
 
     def _sum_totals(self, loss: Tensor) -> dict[str, Tensor]:
         """Over all ranks: the loss, the model's side outputs, and who was asked to stop."""

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +14,34 @@ from fivefold.parallel_core.errors import ConfigError
 from fivefold.parallel_core.topology import Topology
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        step: finished steps, which is also the place in the data.
+        skipped: those of them whose gradient was not finite, so that nothing was updated.
+    """
+
+    step: int = 0
+    skipped: int = 0
+
+
 def save_state(
     checkpoints: Checkpoints,
-    step: int,
+    progress: Progress,
     parts: Mapping[str, TensorPart],
     identity: Mapping[str, Any],
     topology: Topology,
 ) -> Path:
-    """Save a run after ``step`` steps; all ranks together.
-
-    The random state of each rank is saved with it. The position in the data is the step.
-    """
+    """Save a run; all ranks together. The random state of each rank is saved with it."""
     state = {
         "identity": dict(identity),
         "layout": topology.layout.to_dict(),
+        "skipped": progress.skipped,
         "torch": torch.__version__,
     }
-    return checkpoints.save(step, {**parts, **_random_state(topology)}, state)
+    return checkpoints.save(progress.step, {**parts, **_random_state(topology)}, state)
 
 
 def load_state(
@@ -37,14 +49,14 @@ def load_state(
     parts: Mapping[str, TensorPart],
     identity: Mapping[str, Any],
     topology: Topology,
-) -> int:
+) -> Progress:
     """Fill ``parts`` from a checkpoint of the same run, of any layout; all ranks together.
 
     Random state is a rank's own and is restored where the layout is the one that was saved; under
     another layout each rank starts a stream of its own from (step, rank).
 
     Returns:
-        Finished steps.
+        How far the run was.
 
     Raises:
         ConfigError: the checkpoint is of a run with other data or batches.
@@ -59,8 +71,8 @@ def load_state(
         torch.set_rng_state(part.tensor)
     if not same:
         torch.manual_seed(hash((state["step"], topology.world_rank)) % (1 << 62))
-    step: int = state["step"]
-    return step
+    # Checkpoints of releases that stopped instead of skipping have no such number.
+    return Progress(state["step"], state.get("skipped", 0))
 
 
 def _check_identity(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
