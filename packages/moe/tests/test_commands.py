@@ -212,7 +212,11 @@ def test_a_run_that_diverges_ends_and_keeps_what_was_good(
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
     words = ["train", "--config", str(run_file), "--run", str(run)]
-    more = {"training.steps": "20", "training.schedule.learning_rate": "1e30"}
+    more = {
+        "training.steps": "20",
+        "training.schedule.learning_rate": "1e30",
+        "training.skip_nonfinite": "0",
+    }
     assert main([*words, *arguments(ONE_RANK | more)]) == 1
     error = capfd.readouterr().err
     assert re.search(r"rank 0 of 1: step \d+: the norm of the gradient is nan", error)

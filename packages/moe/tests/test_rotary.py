@@ -12,7 +12,10 @@ from fivefold.moe.rotary import Positions, Rotary
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("head_dim", "theta", "start"), [(8, 1e6, 0), (6, 1e4, 3000)])
-def test_bits_of_transformers(dtype: torch.dtype, head_dim: int, theta: float, start: int) -> None:
+def test_angles_of_transformers_bit_for_bit_and_one_rounding(
+    dtype: torch.dtype, head_dim: int, theta: float, start: int
+) -> None:
+    """Transformers rounds the table and both products to ``dtype``; here only the result is."""
     config = MixtralConfig(
         hidden_size=2 * head_dim,
         num_attention_heads=2,
@@ -20,11 +23,16 @@ def test_bits_of_transformers(dtype: torch.dtype, head_dim: int, theta: float, s
     )
     q, k = torch.randn(2, 2, 7, 2, head_dim).to(dtype).unbind()
     positions = torch.arange(start, start + 7)
-    cos, sin = MixtralRotaryEmbedding(config)(q, positions[None])
-    wanted = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
+    cos, sin = MixtralRotaryEmbedding(config)(torch.empty(0), positions[None])
+    wanted = apply_rotary_pos_emb(
+        q.double(), k.double(), cos.double(), sin.double(), unsqueeze_dim=2
+    )
     rotate = Rotary(Positions(), start, head_dim, theta)
-    assert torch.equal(rotate(q), wanted[0])
-    assert torch.equal(rotate(k), wanted[1])
+    close = {"rtol": torch.finfo(dtype).eps, "atol": torch.finfo(dtype).eps / 8}
+    torch.testing.assert_close(rotate(q).double(), wanted[0], **close)
+    torch.testing.assert_close(rotate(k).double(), wanted[1], **close)
+    assert torch.equal(rotate._tables[0].float(), cos[0, :, : head_dim // 2])
+    assert torch.equal(rotate._tables[1].float(), sin[0, :, : head_dim // 2])
 
 
 def test_positions_are_asked_for_once_and_where_the_length_is_known() -> None:

@@ -57,6 +57,18 @@ CASES = [
     case(cp=4, ep=2, microbatch_size=4, context=ContextConfig(split="zigzag")),
     case(HEADS, cp=4, ep=2, microbatch_size=4, context=ContextConfig(attention="heads")),
     case(tp=2, cp=2, ep=8, context=ContextConfig(attention="heads", split="zigzag")),
+    case(cp=4, ep=8, microbatch_size=4, context=ContextConfig(attention="ring")),
+    case(
+        tp=2, cp=4, ep=2, microbatch_size=8, context=ContextConfig(attention="ring", split="zigzag")
+    ),
+    case(
+        with_model(sliding_window=5),
+        cp=4,
+        pp=2,
+        microbatch_size=4,
+        recompute="full",
+        context=ContextConfig(attention="ring", split="zigzag"),
+    ),
     case(tp=2, ep=4, precision=RESHARD, recompute="full"),
     case(UNEVEN, tp=2, cp=2, pp=2, ep=4, recompute="attention_core+experts"),
     case(DEEP, tp=2, pp=2, ep=4, stages_per_rank=2, recompute="attention+moe+norms"),

@@ -57,7 +57,11 @@ def test_a_few_take_each_kind_of_each_function() -> None:
 
 def test_a_broken_kernel_runs_in_place_of_the_real_one() -> None:
     folder = mutation.folder_of(SAMPLES)
-    sign = next(m for m in mutation.mutants_of(folder, "triton") if m.before.startswith("group * group_size"))
+    sign = next(
+        m
+        for m in mutation.mutants_of(folder, "triton")
+        if m.before.startswith("group * group_size")
+    )
 
     def check() -> None:
         check_values(SAMPLES, SAMPLES.small[0], "triton", torch.float32)

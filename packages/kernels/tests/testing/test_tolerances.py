@@ -8,7 +8,7 @@ from fivefold.kernels.testing import TOLERANCES, assert_close
 INF, NAN = float("inf"), float("nan")
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("dtype", [d for d, t in TOLERANCES.items() if t], ids=str)
 def test_one_rounding_passes_and_a_wrong_digit_does_not(dtype: torch.dtype) -> None:
     exact = torch.randn(100, dtype=torch.float64)
     assert_close("x", exact.to(dtype), exact, dtype)

@@ -44,13 +44,11 @@ def interpreting() -> bool:
 
 
 def _missing_cpu(device: str) -> str | None:
-    from fivefold.kernels.native import compiler
+    from fivefold.kernels import native
 
     if device != "cpu":
         return f"it runs tensors of the CPU, these are on {device}"
-    if compiler.find() is None:
-        return "there is no C++ compiler: install g++ or clang++, or name one in CXX"
-    return None
+    return native.missing()
 
 
 def _missing_gpu(backend: str, device: str) -> str | None:

@@ -1,15 +1,24 @@
-"""Start Triton kernels; or record what would be started, for compilers without a GPU."""
+"""Start Triton kernels; or record what would be started, for compilers without a GPU.
+
+``fivefold.kernels.cuda_route`` starts those of CUDA C++.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from fivefold.kernels.cuda_route.program import Program
+
 Grid = tuple[int, ...]
+
+# Triton 3.10 stops fusing multiplications with additions unless it is asked to.
+FUSED_MULTIPLY_ADD = True
 
 # Streaming multiprocessors of an H100, which recorded launches are made for.
 _RECORDED_NUM_SMS = 132
@@ -36,18 +45,50 @@ class Launch:
     num_stages: int
 
 
-_record: ContextVar[list[Launch] | None] = ContextVar("_record", default=None)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CudaLaunch:
+    """One kernel of CUDA C++ with all that decides how it runs.
+
+    Attributes:
+        program: the file it is in.
+        kernel: its name.
+        grid: blocks along up to three dims.
+        block: threads along up to three dims.
+        arguments: tensors and numbers, by position.
+        shared_bytes: dynamic shared memory of a block.
+        cluster: blocks of a cluster along each dim of the grid; empty without clusters.
+        cooperative: whether all blocks start at once.
+    """
+
+    program: "Program"
+    kernel: str
+    grid: Grid
+    block: Grid
+    arguments: tuple[Any, ...]
+    shared_bytes: int
+    cluster: Grid
+    cooperative: bool
+
+
+Launches = list[Launch | CudaLaunch]
+
+_record: ContextVar[Launches | None] = ContextVar("_record", default=None)
 
 
 @contextmanager
-def record() -> Iterator[list[Launch]]:
+def record() -> Iterator[Launches]:
     """Collect launches instead of starting them; run ops on ``meta`` tensors in it."""
-    launches: list[Launch] = []
+    launches: Launches = []
     token = _record.set(launches)
     try:
         yield launches
     finally:
         _record.reset(token)
+
+
+def recording() -> Launches | None:
+    """Where to put launches instead of starting them; None where they are to be started."""
+    return _record.get()
 
 
 def launch(
@@ -70,7 +111,7 @@ def launch(
     """
     if 0 in grid:
         return
-    recorded = _record.get()
+    recorded = recording()
     if recorded is not None:
         recorded.append(
             Launch(
@@ -84,7 +125,13 @@ def launch(
         )
         return
     with _device(arguments):
-        kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+        kernel[grid](
+            *arguments,
+            num_warps=num_warps,
+            num_stages=num_stages,
+            enable_fp_fusion=FUSED_MULTIPLY_ADD,
+            **constants,
+        )
 
 
 def num_sms(x: Tensor) -> int:

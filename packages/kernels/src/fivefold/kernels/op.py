@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fivefold.kernels.backends import chosen_unasked, missing
 from fivefold.kernels.errors import BackendError
+from fivefold.kernels.launch import recording
 
 Formula = Callable[..., Any]
 
@@ -202,4 +203,9 @@ def _dispatcher_needed(arguments: Sequence[Any]) -> bool:
         return True
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
-    return any(type(t) not in (Tensor, torch.nn.Parameter) for t in _tensors(arguments))
+    # A meta tensor has a shape and no values, unless the launches of its kernels are recorded.
+    shapes_alone = recording() is None
+    return any(
+        type(t) not in (Tensor, torch.nn.Parameter) or (shapes_alone and t.is_meta)
+        for t in _tensors(arguments)
+    )

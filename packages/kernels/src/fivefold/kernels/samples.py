@@ -154,7 +154,7 @@ def load(op: str, package: str = "kernels") -> OpSamples:
     Raises:
         KeyError: no such op, with the ops there are.
     """
-    found = {(samples_package, name): module for samples_package, name, module in _modules()}
+    found = {(samples_package, name): module for samples_package, name, module in modules()}
     if (package, op) not in found:
         names = sorted(f"{each[0]}/{each[1]}" for each in found)
         raise KeyError(f"there is no op {package}/{op}; there are {', '.join(names)}")
@@ -163,11 +163,12 @@ def load(op: str, package: str = "kernels") -> OpSamples:
 
 def installed() -> Iterator[tuple[str, OpSamples]]:
     """Package and samples of every op of every installed package."""
-    for package, _, module in _modules():
+    for package, _, module in modules():
         yield package, _samples(module)
 
 
-def _modules() -> Iterator[tuple[str, str, str]]:
+def modules() -> Iterator[tuple[str, str, str]]:
+    """Package, name and samples module of every op of every installed package."""
     for entry in sorted(entry_points(group="fivefold.kernels")):
         folder = import_module(entry.value)
         for found in iter_modules(folder.__path__):

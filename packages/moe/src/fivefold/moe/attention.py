@@ -5,10 +5,9 @@ Legend: B sequences, S queries here, T keys, D width of a head, H hidden width.
 
 from collections.abc import Callable
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fivefold.kernels import attention
 from fivefold.moe.cache import LayerCache
 from fivefold.moe.config import MoEConfig
 from fivefold.parallel_core.linear_group import LinearGroup
@@ -45,30 +44,42 @@ class AttentionCore(nn.Module):
         start = k_bthd.shape[1] - q_bshd.shape[1] if query_start is None else query_start
         first, stop = self._visible(start, q_bshd.shape[1])
         k_bthd, v_bthd = k_bthd[:, first:stop], v_bthd[:, first:stop]
-        q, k, v = (x.transpose(1, 2) for x in (q_bshd, k_bthd, v_bthd))
-        mask = self._mask(q_bshd.shape[1], stop - first, q.device)
-        is_causal = mask is None and q.shape[2] > 1
-        out = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1]
+        return self._attend(q_bshd, k_bthd, v_bthd, start - first)[0]
+
+    def partial(
+        self, q_bshd: Tensor, k_bthd: Tensor, v_bthd: Tensor, offset: int
+    ) -> tuple[Tensor, Tensor]:
+        """Attend to some of the keys, to be put together with what the others give.
+
+        Args:
+            q_bshd: as in ``forward``.
+            k_bthd: as in ``forward``.
+            v_bthd: as in ``forward``.
+            offset: query i sees key j where j <= i + offset, within the window.
+
+        Returns:
+            (B, S, query heads, D), and the log-sum-exp of the scores (B, S, query heads).
+        """
+        return self._attend(q_bshd, k_bthd, v_bthd, offset)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out, lse = attention(
+            q,
+            k,
+            v,
+            is_causal=True,
+            causal_offset=offset,
+            window=self.sliding_window,
+            return_lse=True,
         )
-        return out.transpose(1, 2)
+        return out.transpose(1, 2), lse.transpose(1, 2)
 
     def _visible(self, start: int, num_queries: int) -> tuple[int, int]:
         """First and one past the last key position that any of the queries sees."""
         window = self.sliding_window
         first = 0 if window is None else max(0, start + 1 - window)
         return first, start + num_queries
-
-    def _mask(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor | None:
-        """(S, T), true where a query sees a key; None where causality alone says it."""
-        window = self.sliding_window
-        hidden_by_window = window is not None and num_keys > window
-        if num_queries == 1 or (num_queries == num_keys and not hidden_by_window):
-            return None
-        keys_t = torch.arange(num_keys, device=device)
-        queries_s1 = keys_t[num_keys - num_queries :, None]
-        mask_st = keys_t <= queries_s1
-        return mask_st if window is None else mask_st & (keys_t > queries_s1 - window)
 
 
 class Attention(nn.Module):

@@ -4,10 +4,9 @@ Legend: T rows (token copies), E experts here, F expert width, H hidden width.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fivefold.moe.ops.grouped_mm import grouped_mm
+from fivefold.kernels import grouped_mm, swiglu
 
 
 class Experts(nn.Module):
@@ -48,5 +47,6 @@ class Experts(nn.Module):
 
     def forward(self, x_th: Tensor, counts_e: Tensor) -> Tensor:
         """Rows sorted by expert (T, H), and how many each expert gets (E,), to (T, H)."""
-        gate_tf, up_tf = grouped_mm(x_th, self.gate_up.flatten(1, 2), counts_e).chunk(2, dim=-1)
-        return grouped_mm(F.silu(gate_tf) * up_tf, self.down, counts_e)
+        offsets_e = counts_e.cumsum(0).to(torch.int32)
+        packed = grouped_mm(x_th, self.gate_up.flatten(1, 2).mT, offs=offsets_e)
+        return grouped_mm(swiglu(packed), self.down.mT, offs=offsets_e)

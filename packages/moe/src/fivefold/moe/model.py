@@ -14,9 +14,11 @@ from fivefold.moe.cache import KVCache, LayerCache
 from fivefold.moe.config import MoEConfig
 from fivefold.moe.generate import generate
 from fivefold.moe.layer import MoELayer
+from fivefold.moe.loss import TokenLoss
+from fivefold.moe.norm import RMSNorm
 from fivefold.moe.pretrained import Pretrained
 from fivefold.moe.rotary import Positions, Rotary
-from fivefold.parallel_core.losses import CrossEntropy, SideOutputs
+from fivefold.parallel_core.losses import SideOutputs
 
 
 class DecoderLayer(nn.Module):
@@ -24,9 +26,9 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: MoEConfig, layer: int, side: SideOutputs):
         super().__init__()
-        self.input_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.input_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.attention = Attention(config)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = MoELayer(config, layer, side)
 
     def forward(self, x_bsh: Tensor, rotate: Rotation, cache: LayerCache | None = None) -> Tensor:
@@ -67,7 +69,7 @@ class MoEForCausalLM(Pretrained):
     }
 
     embed_tokens: nn.Embedding | None
-    norm: nn.RMSNorm | None
+    norm: RMSNorm | None
     lm_head: nn.Linear | None
 
     def __init__(self, config: MoEConfig):
@@ -81,10 +83,10 @@ class MoEForCausalLM(Pretrained):
             self.layers = nn.ModuleDict(
                 {str(i): DecoderLayer(config, i, self.side) for i in range(config.num_layers)}
             )
-            self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+            self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.to_empty(device=device)
-        self.loss: nn.Module = CrossEntropy()
+        self.loss: nn.Module = TokenLoss()
         self.tie_weights()
         self.reset_parameters()
 

@@ -6,6 +6,8 @@ Legend: B sequences, S positions here, D width of a head.
 import torch
 from torch import Tensor, nn
 
+from fivefold.kernels import rotary
+
 
 class Positions(nn.Module):
     """Positions of the tokens that this rank holds; the seam that splits of a sequence swap."""
@@ -40,17 +42,15 @@ class Rotary:
         """Rotate queries or keys (B, S, heads, D)."""
         if self._tables is None:
             self._tables = self._compute(x_bshd)
-        cos_s1d, sin_s1d = self._tables
-        first, second = x_bshd.chunk(2, dim=-1)
-        return x_bshd * cos_s1d + torch.cat((-second, first), dim=-1) * sin_s1d
+        return rotary(x_bshd, *self._tables)
 
     def _compute(self, x_bshd: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (S, 1, D) in x's dtype, from float32 angles as transformers has."""
+        """Cosines and sines (S, D/2), from float32 angles as transformers has."""
         positions_s = self.positions(x_bshd.shape[1], x_bshd.device) + self.start
         # On the CPU whatever the device: models were trained with these very float32 values, and
         # another device's power function differs in the last bit.
         steps = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device="cpu")
         frequencies = 1.0 / self.theta ** (steps / self.head_dim)
         angles = positions_s[:, None].float() * frequencies.to(x_bshd.device)
-        angles_s1d = torch.cat((angles, angles), dim=-1).unsqueeze(1)
-        return angles_s1d.cos().to(x_bshd.dtype), angles_s1d.sin().to(x_bshd.dtype)
+        dtype = torch.promote_types(x_bshd.dtype, torch.float32)
+        return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -4,17 +4,18 @@ They raise ``AssertionError`` with the op, the result and the first wrong value.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from fivefold.kernels.errors import BackendError
 from fivefold.kernels.op import OPS, Op, specification
 from fivefold.kernels.samples import Inputs, Maker, OpSamples, Sample
 from fivefold.kernels.testing import memory
-from fivefold.kernels.testing.tolerances import assert_close
+from fivefold.kernels.testing.tolerances import TOLERANCES, assert_close
 
 LAYOUTS: dict[str, Callable[..., Tensor]] = {
     "contiguous": memory.contiguous,
@@ -47,7 +48,9 @@ def check_values(
     maker = Maker(dtype=dtype, device=device, allocate=LAYOUTS[layout])
     inputs = sample.inputs(maker)
     with memory.poisoned():
-        found = differentiate(lambda: op.function(**inputs, backend=backend), inputs)
+        found = differentiate(
+            lambda: op.function(**inputs, backend=backend), inputs, LAYOUTS[layout]
+        )
     exact = _in_float64(inputs)
     with specification():
         expected = differentiate(lambda: op.function(**exact), exact)
@@ -62,17 +65,31 @@ def check_values(
 
 
 def check_backend(op: OpSamples, backend: str) -> None:
-    """All samples, also strided and fenced: what a broken kernel cannot pass."""
+    """All samples that it takes, also strided and fenced: what a broken kernel cannot pass."""
     for sample in op.small:
-        for dtype in sample.dtypes or (_usual(op),):
-            check_values(op, sample, backend, dtype)
+        for dtype in sample.dtypes or (usual_dtype(op),):
+            with suppress(BackendError):
+                check_values(op, sample, backend, dtype)
     for sample in op.small[:4]:
-        dtype = (sample.dtypes or (_usual(op),))[0]
-        check_values(op, sample, backend, dtype, "strided")
-        check_values(op, sample, backend, dtype, "fenced")
+        dtype = (sample.dtypes or (usual_dtype(op),))[0]
+        for layout in ("strided", "fenced"):
+            with suppress(BackendError):
+                check_values(op, sample, backend, dtype, layout)
 
 
-def _usual(op: OpSamples) -> torch.dtype:
+def check_takes_some(op: OpSamples, backend: str) -> None:
+    """A backend runs at least one of the samples in one of their dtypes."""
+    for sample in op.small:
+        for dtype in sample.dtypes or op.dtypes:
+            with suppress(BackendError):
+                inputs = sample.inputs(Maker(dtype=dtype))
+                op.function(**inputs, backend=backend)
+                return
+    raise AssertionError(f"{op.name} on {backend} takes none of its samples")
+
+
+def usual_dtype(op: OpSamples) -> torch.dtype:
+    """What most checks run in: float32 where the op takes it."""
     return torch.float32 if torch.float32 in op.dtypes else op.dtypes[0]
 
 
@@ -101,8 +118,16 @@ def check_registration(op: OpSamples, sample: Sample, dtype: torch.dtype) -> Non
         torch.library.opcheck(OPS[called].overload, arguments)
 
 
-def differentiate(function: Callable[[], Any], inputs: Inputs) -> Results:
-    """Results by position and gradients by input's name, for fixed random output gradients."""
+def differentiate(
+    function: Callable[[], Any], inputs: Inputs, allocate: Callable[..., Tensor] | None = None
+) -> Results:
+    """Results by position and gradients by input's name, for fixed random output gradients.
+
+    Args:
+        function: computes the results.
+        inputs: what it reads.
+        allocate: makes the memory of the output gradients; the default is plain.
+    """
     outputs = function()
     outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
     results = {f"result {i}": output.detach() for i, output in enumerate(outputs)}
@@ -110,7 +135,7 @@ def differentiate(function: Callable[[], Any], inputs: Inputs) -> Results:
     reached = [output for output in outputs if output.requires_grad]
     if reached and sources:
         generator = torch.Generator().manual_seed(1)
-        weights = [_like_normal(output, generator) for output in reached]
+        weights = [_like_normal(output, generator, allocate) for output in reached]
         gradients = torch.autograd.grad(reached, list(sources.values()), weights, allow_unused=True)
         for name, gradient in zip(sources, gradients, strict=True):
             if gradient is not None:
@@ -118,10 +143,14 @@ def differentiate(function: Callable[[], Any], inputs: Inputs) -> Results:
     return results
 
 
-def _like_normal(x: Tensor, generator: torch.Generator) -> Tensor:
-    drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+def _like_normal(
+    x: Tensor, generator: torch.Generator, allocate: Callable[..., Tensor] | None
+) -> Tensor:
     # Through bfloat16, so that every dtype has the very same values.
-    return drawn.to(torch.bfloat16).to(dtype=x.dtype, device=x.device)
+    drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(torch.bfloat16)
+    if allocate is None:
+        return drawn.to(dtype=x.dtype, device=x.device)
+    return allocate(tuple(x.shape), dtype=x.dtype, device=x.device).copy_(drawn)
 
 
 def _in_float64(inputs: Inputs) -> Inputs:
@@ -136,8 +165,8 @@ def _wide(value: Any) -> Any:
 
 def _precision(found: Tensor, dtype: torch.dtype) -> torch.dtype:
     """The coarser of what came in and what came out: float32 statistics of bfloat16 stay coarse."""
-    coarse = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
-    return min((found.dtype, dtype), key=coarse.__getitem__)
+    fine = list(TOLERANCES)  # in the order of their precision
+    return max((found.dtype, dtype), key=fine.index)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ process, because a wrong address may well end it.
 """
 
 import ast
+import faulthandler
 import multiprocessing
 import os
 import re
@@ -121,6 +122,7 @@ def survives(folder: str, backend: str, mutant: Mutant, check: Callable[[], Any]
 
 
 def _run(folder: str, backend: str, mutant: Mutant, check: Callable[[], Any]) -> None:
+    faulthandler.disable()
     # No traceback, no words of a compiler or allocator: that a mutant fails is what should happen.
     with Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), 1)

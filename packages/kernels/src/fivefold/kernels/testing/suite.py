@@ -1,11 +1,14 @@
 """The laws of an op as a class of pytest tests: ``TestRMSNorm = op_tests(SAMPLES)``."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
 
+from fivefold.kernels.errors import BackendError
 from fivefold.kernels.op import Op
 from fivefold.kernels.samples import OpSamples, Sample
 from fivefold.kernels.testing import checks
@@ -14,6 +17,8 @@ from fivefold.kernels.testing.mutation import Mutant, a_few, folder_of, mutants_
 
 def op_tests(op: OpSamples, *, ops: tuple[Op, ...]) -> type:
     """Tests of an op on the CPU: every backend, sample, dtype and layout in memory.
+
+    A call that a backend refuses is skipped with its reason; one that refuses all of them fails.
 
     Triton kernels run in the interpreter, so ``TRITON_INTERPRET=1`` has to be set before anything
     imports triton: in the ``conftest.py`` of the tests.
@@ -46,12 +51,18 @@ def op_tests(op: OpSamples, *, ops: tuple[Op, ...]) -> type:
     class Tests:
         @pytest.mark.parametrize(("sample", "backend", "dtype"), cases)
         def test_values(self, sample: Sample, backend: str, dtype: torch.dtype) -> None:
-            checks.check_values(op, sample, backend, dtype)
+            with _skipping_what_is_refused():
+                checks.check_values(op, sample, backend, dtype)
+
+        @pytest.mark.parametrize("backend", backends)
+        def test_no_backend_refuses_everything(self, backend: str) -> None:
+            checks.check_takes_some(op, backend)
 
         @pytest.mark.parametrize(("backend", "layout"), layouts)
         def test_layout_in_memory(self, backend: str, layout: str) -> None:
             for sample in op.small[:3]:
-                checks.check_values(op, sample, backend, torch.float32, layout)
+                with _skipping_what_is_refused():
+                    checks.check_values(op, sample, backend, checks.usual_dtype(op), layout)
 
         @pytest.mark.parametrize("sample", samples)
         def test_registration(self, sample: Sample) -> None:
@@ -59,7 +70,8 @@ def op_tests(op: OpSamples, *, ops: tuple[Op, ...]) -> type:
 
         @pytest.mark.parametrize("backend", backends)
         def test_compiles_whole(self, backend: str) -> None:
-            checks.check_compiled(op, op.small[0], backend, lowest)
+            with _skipping_what_is_refused():
+                checks.check_compiled(op, op.small[0], backend, lowest)
 
         @pytest.mark.parametrize("mutant", mutants)
         def test_notices_a_broken_kernel(self, mutant: tuple[str, Mutant]) -> None:
@@ -70,6 +82,14 @@ def op_tests(op: OpSamples, *, ops: tuple[Op, ...]) -> type:
 
     Tests.__name__ = Tests.__qualname__ = f"Test{op.name}"
     return Tests
+
+
+@contextmanager
+def _skipping_what_is_refused() -> Iterator[None]:
+    try:
+        yield
+    except BackendError as refusal:
+        pytest.skip(str(refusal))
 
 
 def _short(dtype: torch.dtype) -> Any:

@@ -4,12 +4,14 @@ import torch
 from torch import Tensor
 
 # Relative to a value plus the root mean square of all values. Each allows some roundings of the
-# dtype: 2^-53, 2^-24, 2^-11 and 2^-8.
+# dtype: 2^-53, 2^-24, 2^-11 and 2^-8. From fine to coarse.
 TOLERANCES = {
     torch.float64: 1e-12,
     torch.float32: 2e-5,
     torch.float16: 4e-3,
     torch.bfloat16: 2e-2,
+    torch.float8_e4m3fn: 0.0,  # nothing to allow for: a quantised value is one or another
+    torch.float8_e5m2: 0.0,
 }
 
 

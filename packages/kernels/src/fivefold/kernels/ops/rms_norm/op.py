@@ -15,7 +15,7 @@ from torch import Tensor
 from fivefold.kernels.errors import KernelInputError
 from fivefold.kernels.op import define
 
-BACKENDS = ("triton", "reference")
+BACKENDS = ("triton", "cpu", "reference")
 
 
 @define("fivefold_kernels", backends=BACKENDS)

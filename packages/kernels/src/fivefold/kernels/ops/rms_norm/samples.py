@@ -99,7 +99,7 @@ SAMPLES = OpSamples(
     small=(
         _plain(37, 33),
         _gated(5, 12, 3, gate_first=True),
-        _gated(5, 12, 6, gate_first=False),
+        _gated(5, 36, 18, gate_first=False),
         Sample(name="two dims", inputs=_two_dims),
         Sample(name="bare", inputs=_bare),
         _plain(0, 8),
@@ -110,7 +110,12 @@ SAMPLES = OpSamples(
         _plain(16384, 256),
         _gated(4096, 8192, 1024, gate_first=True),
     ),
-    laptop=(_plain(2048, 1024), _gated(1024, 2048, 256, gate_first=True)),
+    laptop=(
+        _plain(2048, 1024),
+        _plain(8192, 256),
+        _plain(1024, 4096),
+        _gated(1024, 2048, 256, gate_first=True),
+    ),
     cost=cost,
     eager=_eager,
     peers=(

@@ -62,7 +62,7 @@ def rms_norm_forward(
         HAS_GATE=gate is not None,
         GATE_FIRST=gate_first,
         COMPUTE=compute,
-        num_warps=_num_warps(tile),
+        num_warps=_num_warps(tile, values=1024),
         **tile,
     )
     return y, rstd
@@ -110,7 +110,7 @@ def rms_norm_backward(
         HAS_GATE=gate is not None,
         GATE_FIRST=gate_first,
         COMPUTE=accumulator(x.dtype),
-        num_warps=_num_warps(tile),
+        num_warps=_num_warps(tile, values=512),
         **tile,
     )
     dweight = x.new_empty(0)
@@ -249,5 +249,6 @@ def _tile(group_size: int, values: int) -> dict[str, int]:
     return {"ROWS": max(1, min(16, values // cols)), "COLS": cols}
 
 
-def _num_warps(tile: dict[str, int]) -> int:
-    return max(4, min(16, tile["ROWS"] * tile["COLS"] // 1024))
+def _num_warps(tile: dict[str, int], values: int) -> int:
+    """Warps for so many values each; the backward pass holds more for a value than the forward."""
+    return max(4, min(16, tile["ROWS"] * tile["COLS"] // values))

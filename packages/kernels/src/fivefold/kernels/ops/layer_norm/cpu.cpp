@@ -1,0 +1,157 @@
+// Layer normalisation of rows at two strides, with an optional weight and an optional bias.
+
+#include "fivefold.h"
+
+namespace {
+
+using namespace fivefold;
+
+// Values that a thread should at least have.
+constexpr int64_t kGrain = 1 << 14;
+
+// outer * inner rows of `width` values; in `strides` of a tensor, row by row.
+struct Shape {
+  int64_t outer, inner, width;
+
+  int64_t rows() const { return outer * inner; }
+  int64_t grain() const { return kGrain / std::max<int64_t>(width, 1) + 1; }
+};
+
+// Where the rows of a tensor begin.
+template <class T>
+struct Rows {
+  const T* first;
+  int64_t inner, outer_stride, inner_stride;
+
+  const T* operator[](int64_t row) const {
+    return first + row / inner * outer_stride + row % inner * inner_stride;
+  }
+};
+
+template <class T>
+void forward(Rows<T> x, const Compute<T>* weight, const Compute<T>* bias, T* y, Compute<T>* mean,
+             Compute<T>* rstd, Shape shape, Compute<T> eps, int64_t num_threads) {
+  using C = Compute<T>;
+  const C share = C(1) / shape.width;
+  parallel_for(0, shape.rows(), shape.grain(), num_threads, [=](int64_t from, int64_t to, int64_t) {
+    for (int64_t row = from; row < to; ++row) {
+      const T* xs = x[row];
+      T* ys = y + row * shape.width;
+
+      const auto value = [&](int64_t i, auto count) FIVEFOLD_INLINE { return load(xs + i, count); };
+      const C centre = Sum<C>().add(shape.width, value).total() * share;
+      const auto square = [&](int64_t i, auto count) FIVEFOLD_INLINE {
+        // A tail's empty lanes are 0 and not the centre away from it.
+        const Pack<C> centred = only(load(xs + i, count) - centre, count);
+        return centred * centred;
+      };
+      const C scale = 1 / std::sqrt(Sum<C>().add(shape.width, square).total() * share + eps);
+      mean[row] = centre;
+      rstd[row] = scale;
+
+      each_pack<C>(shape.width, [&](int64_t i, auto count) FIVEFOLD_INLINE {
+        Pack<C> result = (load(xs + i, count) - centre) * scale;
+        if (weight != nullptr) result *= load(weight + i, count);
+        if (bias != nullptr) result += load(bias + i, count);
+        store(ys + i, result, count);
+      });
+    }
+  });
+}
+
+template <class C>
+void add_to(C* sums, Pack<C> x, int64_t count) {
+  store(sums, load(sums, count) + x, count);
+}
+template <class C>
+FIVEFOLD_INLINE inline void add_to(C* sums, Pack<C> x, Whole<C>) {
+  store(sums, load(sums) + x);
+}
+
+template <class T>
+void backward(Rows<T> dy, Rows<T> x, const Compute<T>* weight, const Compute<T>* mean,
+              const Compute<T>* rstd, T* dx, Compute<T>* dweights, Compute<T>* dbiases, Shape shape,
+              int64_t num_threads) {
+  using C = Compute<T>;
+  const int64_t width = shape.width;
+  const C share = C(1) / width;
+  const auto rows = [=](int64_t from, int64_t to, int64_t thread) {
+    C* dweight = dweights == nullptr ? nullptr : &dweights[thread * width];
+    C* dbias = dbiases == nullptr ? nullptr : &dbiases[thread * width];
+    if (dweight != nullptr) std::fill(dweight, dweight + width, C(0));
+    if (dbias != nullptr) std::fill(dbias, dbias + width, C(0));
+    for (int64_t row = from; row < to; ++row) {
+      const T* dys = dy[row];
+      const T* xs = x[row];
+      T* dxs = dx + row * width;
+      const C centre = mean[row], scale = rstd[row];
+
+      const auto dnormed = [&](int64_t i, auto count) FIVEFOLD_INLINE {
+        const Pack<C> value = load(dys + i, count);
+        return weight == nullptr ? value : value * load(weight + i, count);
+      };
+      const auto normed = [&](int64_t i, auto count) FIVEFOLD_INLINE {
+        return (load(xs + i, count) - centre) * scale;
+      };
+      Sum<C> shifts, projections;
+      each_part<C>(width, [&](int64_t i, auto count, int part) FIVEFOLD_INLINE {
+        // 0 in the empty lanes of a tail, whatever normed is there.
+        const Pack<C> value = dnormed(i, count);
+        shifts.parts[part] += value;
+        projections.parts[part] += value * normed(i, count);
+      });
+      const C shift = shifts.total() * share, projection = projections.total() * share;
+
+      each_pack<C>(width, [&](int64_t i, auto count) FIVEFOLD_INLINE {
+        const Pack<C> ys = normed(i, count);
+        store(dxs + i, (dnormed(i, count) - shift - ys * projection) * scale, count);
+        if (dweight != nullptr) add_to(dweight + i, load(dys + i, count) * ys, count);
+        if (dbias != nullptr) add_to(dbias + i, load(dys + i, count), count);
+      });
+    }
+  };
+  const int64_t parts = parallel_for(0, shape.rows(), shape.grain(), num_threads, rows);
+  for (C* sums : {dweights, dbiases}) {
+    if (sums == nullptr) continue;
+    for (int64_t part = 1; part < parts; ++part)
+      for (int64_t i = 0; i < width; ++i) sums[i] += sums[part * width + i];
+  }
+}
+
+}  // namespace
+
+// x: (outer, inner, width) with strides of rows; weight, bias: (width), mean, rstd: (outer, inner),
+// all in the dtype that is computed in; y: like x, without gaps. weight and bias may be null.
+FIVEFOLD_API void layer_norm_forward(int64_t type, const void* x, const void* weight,
+                                     const void* bias, void* y, void* mean, void* rstd,
+                                     int64_t outer, int64_t inner, int64_t width,
+                                     int64_t x_outer_stride, int64_t x_inner_stride, double eps,
+                                     int64_t num_threads) {
+  dispatch(type, [&](auto element) {
+    using T = decltype(element);
+    using C = Compute<T>;
+    forward<T>({static_cast<const T*>(x), inner, x_outer_stride, x_inner_stride},
+               static_cast<const C*>(weight), static_cast<const C*>(bias), static_cast<T*>(y),
+               static_cast<C*>(mean), static_cast<C*>(rstd), {outer, inner, width},
+               static_cast<C>(eps), num_threads);
+  });
+}
+
+// As above; dweight, dbias: (num_threads, width) or null, whose first rows become the gradients; dx
+// without gaps.
+FIVEFOLD_API void layer_norm_backward(int64_t type, const void* dy, const void* x,
+                                      const void* weight, const void* mean, const void* rstd,
+                                      void* dx, void* dweight, void* dbias, int64_t outer,
+                                      int64_t inner, int64_t width, int64_t dy_outer_stride,
+                                      int64_t dy_inner_stride, int64_t x_outer_stride,
+                                      int64_t x_inner_stride, int64_t num_threads) {
+  dispatch(type, [&](auto element) {
+    using T = decltype(element);
+    using C = Compute<T>;
+    backward<T>({static_cast<const T*>(dy), inner, dy_outer_stride, dy_inner_stride},
+                {static_cast<const T*>(x), inner, x_outer_stride, x_inner_stride},
+                static_cast<const C*>(weight), static_cast<const C*>(mean),
+                static_cast<const C*>(rstd), static_cast<T*>(dx), static_cast<C*>(dweight),
+                static_cast<C*>(dbias), {outer, inner, width}, num_threads);
+  });
+}

@@ -1,1 +1,0 @@
-"""Ops of this package, one folder each."""
