@@ -199,19 +199,19 @@ class _VocabCrossEntropy(torch.autograd.Function):
 class VocabParallelCrossEntropy(CrossEntropy):
     """``CrossEntropy`` of logits whose vocabulary is split over an axis; made by ``of``."""
 
-    def __init__(self, axis: Axis, vocab_size: int, ignore_index: int, label_smoothing: float):
-        super().__init__(ignore_index, label_smoothing)
-        self.axis, self.vocab_size = axis, vocab_size
+    def __init__(self, loss: CrossEntropy, axis: Axis, vocab_size: int):
+        super().__init__(loss.ignore_index, loss.label_smoothing)
+        self.whole, self.axis, self.vocab_size = loss, axis, vocab_size
 
     @classmethod
     def of(cls, loss: CrossEntropy, axis: Axis, vocab_size: int) -> "VocabParallelCrossEntropy":
         """The parallel form of ``loss``."""
-        return cls(axis, vocab_size, loss.ignore_index, loss.label_smoothing)
+        return cls(loss, axis, vocab_size)
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """``logits`` (..., V/tp) and ``targets`` (...) to the sum, the same on every rank."""
         if self.axis.size == 1:
-            return super().forward(logits[..., : self.vocab_size], targets)
+            return self.whole(logits[..., : self.vocab_size], targets)
         return _VocabCrossEntropy.apply(
             logits.flatten(0, -2),
             targets.flatten(),
