@@ -13,6 +13,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from importlib.metadata import distributions
 from pathlib import Path
 from types import ModuleType
@@ -20,12 +21,17 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parent.parent
 BRAND = "fivefold"
 OPTIONAL = (
+    "cuda-core",
+    "expecttest",
     "huggingface-hub",
     "matplotlib",
+    "pytest",
     "tensorboard",
     "tokenizers",
     "tqdm",
+    "torchao",
     "transformers",
+    "triton",
 )
 
 
@@ -35,7 +41,7 @@ def main(folder: Path) -> int:
     problems = wrong_siblings(needed)
     extra = {module_name(name) for name in OPTIONAL if name not in needed}
     with importers(extra) as found:
-        imported = import_all(f"{BRAND}.{module_name(folder.name)}")
+        imported = import_all(f"{BRAND}.{module_name(folder.name)}", needing_extras(folder))
     problems += [f"{module} imports {name}, which is of an extra" for module, name in found]
     for problem in problems:
         print(problem, file=sys.stderr)
@@ -86,14 +92,25 @@ def importers(names: set[str]) -> Iterator[list[tuple[str, str]]]:
         builtins.__import__ = real_import
 
 
-def import_all(package: str) -> int:
-    """Import every module of a package but ``__main__``; how many."""
-    path = importlib.import_module(package).__path__
-    names = [found.name for found in pkgutil.walk_packages(path, f"{package}.")]
-    names = [name for name in names if not name.endswith(".__main__")]
-    for name in names:
-        importlib.import_module(name)
-    return len(names) + 1
+def needing_extras(folder: Path) -> list[str]:
+    """Patterns of the modules that are for those who have an extra: a backend's, the test kit's."""
+    pyproject = tomllib.loads((ROOT / folder / "pyproject.toml").read_text())
+    return pyproject.get("tool", {}).get(BRAND, {}).get("modules-of-extras", [])
+
+
+def import_all(package: str, without: list[str]) -> int:
+    """Import every module of a package but ``__main__`` and those of extras; how many."""
+    count = 1
+    # Not walk_packages: it imports packages before anyone can leave them out.
+    for found in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
+        if found.name.endswith(".__main__") or any(fnmatch(found.name, each) for each in without):
+            continue
+        if found.ispkg:
+            count += import_all(found.name, without)
+        else:
+            importlib.import_module(found.name)
+            count += 1
+    return count
 
 
 def module_name(distribution: str) -> str:
