@@ -98,11 +98,11 @@ def test_file_is_written_after_each_case_with_the_versions_of_peers(op, tmp_path
     seen = []
 
     def peer(x):
-        import pytest as installed
+        import _pytest
 
         if torch.is_grad_enabled():
             seen.append(json.loads(path.read_text()))
-        return x * 2 if installed else None
+        return x * 2 if _pytest else None
 
     op(samples(Peer(name="peer", function=peer)))
     assert bench("--device", "cpu", "--json", str(path)) == 0

@@ -1,6 +1,5 @@
 """``attention`` on every backend, against torch's own, and put together from parts."""
 
-from functools import wraps
 from typing import Any
 
 import pytest
@@ -14,28 +13,8 @@ from fivefold.kernels.ops.attention.samples import SAMPLES, eager
 from fivefold.kernels.testing import assert_close, op_tests
 from fivefold.kernels.testing.checks import differentiate
 
-_Laws = op_tests(SAMPLES, ops=(op.attention_forward, op.attention_backward))
+TestLaws = op_tests(SAMPLES, ops=(op.attention_forward, op.attention_backward))
 F64 = torch.float64
-
-
-def _where_taken(test: Any) -> Any:
-    """Skip what a backend says it cannot run: torch's kernels have no gradient of a bias."""
-
-    @wraps(test)
-    def run(*arguments: Any, **options: Any) -> None:
-        try:
-            test(*arguments, **options)
-        except BackendError as error:
-            if "aten" not in str(error):
-                raise
-            pytest.skip(str(error))
-
-    return run
-
-
-class TestLaws(_Laws):
-    test_values = _where_taken(_Laws.test_values)
-    test_layout_in_memory = _where_taken(_Laws.test_layout_in_memory)
 
 
 def _leaf(*shape: int, dtype: torch.dtype = F64) -> Tensor:

@@ -66,7 +66,8 @@ class Contest:
         device: str,
         limits: Limits,
     ):
-        self._op, self._inputs, self._dtype = op, inputs, dtype
+        self._op, self._inputs = op, inputs
+        self._rounding = op.rounds_to or dtype
         self._phase, self._device, self._limits = phase, device, limits
         self._calls: dict[str, Call] = {}
         self._results: dict[str, Result] = {}
@@ -126,7 +127,7 @@ class Contest:
             with _no_logging():
                 call = Call(contender.make(), values)
                 found = call.results()
-            reason = disagreement(found, expected, self._dtype)
+            reason = disagreement(found, expected, self._rounding)
         except Exception as error:
             return failed(name, error)
         if reason is not None:

@@ -82,15 +82,17 @@ def folder_of(op: OpSamples) -> str:
 
 
 def mutants_of(folder: str, backend: str) -> list[Mutant]:
-    """All mutants of the file that an op has for a backend, "triton" or "cpu".
+    """All mutants of the file that an op has for a backend; none where it has no kernel of its own.
 
     Args:
         folder: the op's package, such as ``fivefold.kernels.ops.rms_norm``.
-        backend: whose file.
+        backend: whose file, "triton" or "cpu".
     """
-    if backend == "cpu":
-        return list(cpp_mutants(_path(folder).joinpath("cpu.cpp").read_text()))
-    return list(triton_mutants(_path(folder).joinpath("triton.py").read_text()))
+    path = _path(folder) / {"cpu": "cpu.cpp", "triton": "triton.py"}[backend]
+    if not path.is_file():
+        return []
+    make = cpp_mutants if backend == "cpu" else triton_mutants
+    return list(make(path.read_text()))
 
 
 def a_few(mutants: list[Mutant]) -> list[Mutant]:

@@ -283,7 +283,8 @@ def _dquery_kernel(
     queries = first + tl.arange(0, QUERIES)
     in_length = queries < num_queries
     at = (row * num_heads + head) * num_queries + queries
-    top = _exponent(tl.load(lse_ptr + at, mask=in_length, other=_INFINITY))
+    lse = tl.load(lse_ptr + at, mask=in_length, other=_INFINITY)
+    top = _exponent(lse)
 
     out_ptr += (row * num_queries * num_heads + head) * V_WIDTH
     out = _load(out_ptr, first, num_heads * V_WIDTH, num_queries, QUERIES, V_WIDTH, V_PADDED, True)

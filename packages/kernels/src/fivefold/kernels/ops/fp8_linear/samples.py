@@ -75,4 +75,5 @@ SAMPLES = OpSamples(
     peers=(Peer(name="torchao", function=_torchao),),
     dtypes=(torch.float32, torch.bfloat16),
     tensor_cores=True,
+    rounds_to=torch.float8_e5m2,
 )

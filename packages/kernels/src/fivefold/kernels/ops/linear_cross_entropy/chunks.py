@@ -123,7 +123,7 @@ def total(
     def loss_and_dlogits(rows: slice) -> tuple[Tensor, Tensor]:
         logits_cv = F.linear(x[rows], linear_weight, linear_bias)
         loss_c, lse_c = softmax.cross_entropy_forward(logits_cv, target[rows], weight, *options)
-        # Not for autograd to see: it differentiates the loss alone where this is a specification.
+        # Autograd differentiates the loss, and it alone, where this is a specification.
         with torch.no_grad():
             dlogits_cv = softmax.cross_entropy_backward(
                 torch.ones_like(loss_c), logits_cv, target[rows], weight, lse_c, *options
@@ -169,6 +169,7 @@ class Gradients:
             torch.zeros(num_classes if needed[2] else 0, dtype=dtype, device=device),
         )
 
+    @torch.no_grad()
     def add(self, rows: slice, dlogits_cv: Tensor) -> None:
         """What the gradient of these rows' logits contributes."""
         dx, dweight, dbias = self.found
