@@ -1,6 +1,7 @@
 """The command ``fivefold-kernels``; torch is imported only once there is something to run."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -26,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fivefold-kernels: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # who reads along has seen enough; Python may not write at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (KernelError, OSError, ImportError) as error:
         if options.debug:
             raise

@@ -39,8 +39,3 @@ def accumulator(*dtypes: torch.dtype) -> tl.dtype:
 def float32_precision() -> str:
     """PRECISION of ``dot`` that the user allows: ``torch.set_float32_matmul_precision``."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is at least ``n`` and 1."""
-    return 1 << max(n - 1, 0).bit_length()

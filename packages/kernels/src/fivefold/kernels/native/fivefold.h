@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
@@ -390,7 +391,12 @@ class Workers {
   void work() {
     uint64_t seen = 0;
     for (;;) {
-      for (int spins = 0; calls_.load() == seen && spins < kSpins; ++spins) rest(spins);
+      using Clock = std::chrono::steady_clock;
+      const Clock::time_point end = Clock::now() + kPatience;
+      for (int spins = 0; calls_.load() == seen; ++spins) {
+        rest(spins);
+        if (spins % 64 == 63 && Clock::now() > end) break;
+      }
       {
         std::unique_lock<std::mutex> lock(mutex_);
         wake_.wait(lock, [&] { return calls_.load() != seen; });
@@ -422,8 +428,9 @@ class Workers {
     if (spins % 64 == 63) std::this_thread::yield();
   }
 
-  // Some tens of microseconds: from one kernel of a model to the next.
-  static constexpr int kSpins = 2000;
+  // How long a worker looks out before it sleeps: from one kernel of a model to the next. To wake
+  // one up may take as long.
+  static constexpr std::chrono::microseconds kPatience{200};
 
   std::atomic<bool> busy_{false};  // serving a caller
   std::condition_variable wake_;

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fivefold.kernels.ops.attention.shapes import rows_of
-from fivefold.kernels.triton_parts import accumulator, float32_precision, next_power_of_2
+from fivefold.kernels.sizes import next_power_of_2
+from fivefold.kernels.triton_parts import accumulator, float32_precision
 
 # Tensor cores take no less.
 _NARROWEST = 16

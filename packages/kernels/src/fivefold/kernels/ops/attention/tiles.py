@@ -8,7 +8,7 @@ from math import ceil, prod
 
 import torch
 
-from fivefold.kernels.triton_parts import next_power_of_2
+from fivefold.kernels.sizes import next_power_of_2
 
 WIDEST = 256
 

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fivefold.kernels.launch import launch
-from fivefold.kernels.triton_parts import accumulator, next_power_of_2
+from fivefold.kernels.sizes import next_power_of_2
+from fivefold.kernels.triton_parts import accumulator
 
 # 16-byte loads that a thread has under way, and threads of a program.
 _LOADS_FORWARD, _LOADS_BACKWARD = 2, 2

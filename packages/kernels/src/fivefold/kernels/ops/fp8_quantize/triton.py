@@ -14,7 +14,8 @@ from torch import Tensor
 from fivefold.kernels.backends import interpreting
 from fivefold.kernels.launch import launch, num_sms
 from fivefold.kernels.ops.fp8_quantize.reference import SMALLEST_AMAX
-from fivefold.kernels.triton_parts import accumulator, next_power_of_2
+from fivefold.kernels.sizes import next_power_of_2
+from fivefold.kernels.triton_parts import accumulator
 
 # Programs for each multiprocessor, and the most there are: their results are reduced in one load.
 _PROGRAMS_PER_SM, _MOST_PROGRAMS = 4, 1024

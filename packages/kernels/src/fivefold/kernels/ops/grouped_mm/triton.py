@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fivefold.kernels.backends import interpreting
 from fivefold.kernels.launch import launch, num_sms
-from fivefold.kernels.triton_parts import dot, float32_precision, next_power_of_2
+from fivefold.kernels.sizes import next_power_of_2
+from fivefold.kernels.triton_parts import dot, float32_precision
 
 
 def refuses(name: str, *inputs: object) -> str | None:

@@ -28,44 +28,108 @@ struct Rows {
   }
 };
 
+// Rows that are worked on together: their long chains of sums, root and quotient run side by side,
+// and what they add to the gradients of weight and bias is added up before it goes to memory.
+constexpr int kTogether = 4;
+
 template <class T>
 void forward(Rows<T> x, const Compute<T>* weight, const Compute<T>* bias, T* y, Compute<T>* mean,
              Compute<T>* rstd, Shape shape, Compute<T> eps, int64_t num_threads) {
   using C = Compute<T>;
-  const C share = C(1) / shape.width;
+  const int64_t width = shape.width;
+  const C share = C(1) / width;
   parallel_for(0, shape.rows(), shape.grain(), num_threads, [=](int64_t from, int64_t to, int64_t) {
-    for (int64_t row = from; row < to; ++row) {
-      const T* xs = x[row];
-      T* ys = y + row * shape.width;
-
-      const auto value = [&](int64_t i, auto count) FIVEFOLD_INLINE { return load(xs + i, count); };
-      const C centre = Sum<C>().add(shape.width, value).total() * share;
-      const auto square = [&](int64_t i, auto count) FIVEFOLD_INLINE {
-        // A tail's empty lanes are 0 and not the centre away from it.
-        const Pack<C> centred = only(load(xs + i, count) - centre, count);
-        return centred * centred;
-      };
-      const C scale = 1 / std::sqrt(Sum<C>().add(shape.width, square).total() * share + eps);
-      mean[row] = centre;
-      rstd[row] = scale;
-
-      each_pack<C>(shape.width, [&](int64_t i, auto count) FIVEFOLD_INLINE {
-        Pack<C> result = (load(xs + i, count) - centre) * scale;
-        if (weight != nullptr) result *= load(weight + i, count);
-        if (bias != nullptr) result += load(bias + i, count);
-        store(ys + i, result, count);
-      });
+    for (int64_t first = from; first < to; first += kTogether) {
+      const int64_t last = std::min(to, first + kTogether);
+      for (int64_t row = first; row < last; ++row) {
+        const T* xs = x[row];
+        const auto value = [&](int64_t i, auto count) FIVEFOLD_INLINE {
+          return load(xs + i, count);
+        };
+        mean[row] = Sum<C>().add(width, value).total() * share;
+      }
+      for (int64_t row = first; row < last; ++row) {
+        const T* xs = x[row];
+        const C centre = mean[row];
+        const auto square = [&](int64_t i, auto count) FIVEFOLD_INLINE {
+          // A tail's empty lanes are 0 and not the centre away from it.
+          const Pack<C> centred = only(load(xs + i, count) - centre, count);
+          return centred * centred;
+        };
+        rstd[row] = 1 / std::sqrt(Sum<C>().add(width, square).total() * share + eps);
+      }
+      for (int64_t row = first; row < last; ++row) {
+        const T* xs = x[row];
+        T* ys = &y[row * width];
+        const C centre = mean[row], scale = rstd[row];
+        each_pack<C>(width, [&](int64_t i, auto count) FIVEFOLD_INLINE {
+          Pack<C> result = (load(xs + i, count) - centre) * scale;
+          if (weight != nullptr) result *= load(weight + i, count);
+          if (bias != nullptr) result += load(bias + i, count);
+          store(ys + i, result, count);
+        });
+      }
     }
   });
 }
 
+// A row in the backward pass.
+template <class T>
+struct Row {
+  const T* dy;
+  const T* x;
+  T* dx;
+  Compute<T> centre, scale, shift, projection;
+
+  template <class Count>
+  FIVEFOLD_INLINE inline Pack<Compute<T>> normed(int64_t i, Count count) const {
+    return (load(x + i, count) - centre) * scale;
+  }
+
+  // The means of the normed values' gradient, and of its product with them.
+  void project(const Compute<T>* weight, int64_t width) {
+    using C = Compute<T>;
+    Sum<C> shifts, projections;
+    each_part<C>(width, [&](int64_t i, auto count, int part) FIVEFOLD_INLINE {
+      // 0 in the empty lanes of a tail, whatever normed is there.
+      Pack<C> dnormed = load(dy + i, count);
+      if (weight != nullptr) dnormed *= load(weight + i, count);
+      shifts.parts[part] += dnormed;
+      projections.parts[part] += dnormed * normed(i, count);
+    });
+    shift = shifts.total() / width;
+    projection = projections.total() / width;
+  }
+};
+
 template <class C>
-void add_to(C* sums, Pack<C> x, int64_t count) {
+inline void add_to(C* sums, Pack<C> x, int64_t count) {
   store(sums, load(sums, count) + x, count);
 }
 template <class C>
 FIVEFOLD_INLINE inline void add_to(C* sums, Pack<C> x, Whole<C>) {
   store(sums, load(sums) + x);
+}
+
+// dx of some rows, and what they add to the sums, which may be null.
+template <int kRows, class T>
+void finish(const Row<T>* given, const Compute<T>* weight, Compute<T>* dweight, Compute<T>* dbias,
+            int64_t width) {
+  using C = Compute<T>;
+  Row<T> rows[kRows];
+  std::copy(given, given + kRows, rows);
+  each_pack<C>(width, [&](int64_t i, auto count) FIVEFOLD_INLINE {
+    Pack<C> weights = splat(C(1)), to_weight = {}, to_bias = {};
+    if (weight != nullptr) weights = load(weight + i, count);
+    for (const Row<T>& row : rows) {
+      const Pack<C> dy = load(row.dy + i, count), normed = row.normed(i, count);
+      store(row.dx + i, (dy * weights - row.shift - normed * row.projection) * row.scale, count);
+      to_weight += dy * normed;
+      to_bias += dy;
+    }
+    if (dweight != nullptr) add_to(dweight + i, to_weight, count);
+    if (dbias != nullptr) add_to(dbias + i, to_bias, count);
+  });
 }
 
 template <class T>
@@ -74,47 +138,30 @@ void backward(Rows<T> dy, Rows<T> x, const Compute<T>* weight, const Compute<T>*
               int64_t num_threads) {
   using C = Compute<T>;
   const int64_t width = shape.width;
-  const C share = C(1) / width;
-  const auto rows = [=](int64_t from, int64_t to, int64_t thread) {
+  const auto part = [=](int64_t from, int64_t to, int64_t thread) {
     C* dweight = dweights == nullptr ? nullptr : &dweights[thread * width];
     C* dbias = dbiases == nullptr ? nullptr : &dbiases[thread * width];
-    if (dweight != nullptr) std::fill(dweight, dweight + width, C(0));
-    if (dbias != nullptr) std::fill(dbias, dbias + width, C(0));
-    for (int64_t row = from; row < to; ++row) {
-      const T* dys = dy[row];
-      const T* xs = x[row];
-      T* dxs = dx + row * width;
-      const C centre = mean[row], scale = rstd[row];
-
-      const auto dnormed = [&](int64_t i, auto count) FIVEFOLD_INLINE {
-        const Pack<C> value = load(dys + i, count);
-        return weight == nullptr ? value : value * load(weight + i, count);
-      };
-      const auto normed = [&](int64_t i, auto count) FIVEFOLD_INLINE {
-        return (load(xs + i, count) - centre) * scale;
-      };
-      Sum<C> shifts, projections;
-      each_part<C>(width, [&](int64_t i, auto count, int part) FIVEFOLD_INLINE {
-        // 0 in the empty lanes of a tail, whatever normed is there.
-        const Pack<C> value = dnormed(i, count);
-        shifts.parts[part] += value;
-        projections.parts[part] += value * normed(i, count);
-      });
-      const C shift = shifts.total() * share, projection = projections.total() * share;
-
-      each_pack<C>(width, [&](int64_t i, auto count) FIVEFOLD_INLINE {
-        const Pack<C> ys = normed(i, count);
-        store(dxs + i, (dnormed(i, count) - shift - ys * projection) * scale, count);
-        if (dweight != nullptr) add_to(dweight + i, load(dys + i, count) * ys, count);
-        if (dbias != nullptr) add_to(dbias + i, load(dys + i, count), count);
-      });
+    if (dweight != nullptr) std::fill_n(dweight, width, C(0));
+    if (dbias != nullptr) std::fill_n(dbias, width, C(0));
+    for (int64_t first = from; first < to; first += kTogether) {
+      const int64_t count = std::min<int64_t>(to - first, kTogether);
+      Row<T> rows[kTogether];
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = first + i;
+        rows[i] = {dy[row], x[row], &dx[row * width], mean[row], rstd[row], 0, 0};
+        rows[i].project(weight, width);
+      }
+      if (count == kTogether)
+        finish<kTogether>(rows, weight, dweight, dbias, width);
+      else
+        for (int64_t i = 0; i < count; ++i) finish<1>(&rows[i], weight, dweight, dbias, width);
     }
   };
-  const int64_t parts = parallel_for(0, shape.rows(), shape.grain(), num_threads, rows);
+  const int64_t parts = parallel_for(0, shape.rows(), shape.grain(), num_threads, part);
   for (C* sums : {dweights, dbiases}) {
     if (sums == nullptr) continue;
-    for (int64_t part = 1; part < parts; ++part)
-      for (int64_t i = 0; i < width; ++i) sums[i] += sums[part * width + i];
+    for (int64_t other = 1; other < parts; ++other)
+      for (int64_t i = 0; i < width; ++i) sums[i] += sums[other * width + i];
   }
 }
 

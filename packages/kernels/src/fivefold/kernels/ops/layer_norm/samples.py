@@ -71,9 +71,7 @@ def _has_both(inputs: Inputs) -> bool:
 def _liger(input: Tensor, normalized_shape: tuple[int, ...], **options: Any) -> Tensor:
     from liger_kernel.transformers.functional import liger_layer_norm
 
-    return liger_layer_norm(
-        input, options["weight"], options["bias"], eps=options.get("eps", 1e-5)
-    )
+    return liger_layer_norm(input, options["weight"], options["bias"], eps=options.get("eps", 1e-5))
 
 
 SAMPLES = OpSamples(

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fivefold.kernels.launch import launch, num_sms
 from fivefold.kernels.ops.layer_norm.rows import side_by_side
-from fivefold.kernels.triton_parts import accumulator, next_power_of_2
+from fivefold.kernels.sizes import next_power_of_2
+from fivefold.kernels.triton_parts import accumulator
 
 # A program holds a tile in registers: more values than this would spill.
 _LARGEST_ROW = 16384

@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fivefold.kernels.launch import launch, num_sms
-from fivefold.kernels.triton_parts import accumulator, next_power_of_2, sigmoid
+from fivefold.kernels.sizes import next_power_of_2
+from fivefold.kernels.triton_parts import accumulator, sigmoid
 
 # A program holds a tile in registers: more values than this would spill.
 _LARGEST_GROUP = 16384

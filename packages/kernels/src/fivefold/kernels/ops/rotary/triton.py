@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fivefold.kernels.launch import launch
-from fivefold.kernels.triton_parts import accumulator, next_power_of_2
+from fivefold.kernels.sizes import next_power_of_2
+from fivefold.kernels.triton_parts import accumulator
 
 # Of one head: 8 pairs a thread, so two loads of 16 bytes in bfloat16. Larger tiles leave too few
 # programs for a GPU at the usual sizes.

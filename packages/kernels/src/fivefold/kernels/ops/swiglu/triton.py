@@ -9,7 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fivefold.kernels.launch import launch
-from fivefold.kernels.triton_parts import accumulator, next_power_of_2, sigmoid
+from fivefold.kernels.sizes import next_power_of_2
+from fivefold.kernels.triton_parts import accumulator, sigmoid
 
 # 16 values a thread: two accesses of 16 bytes in bfloat16.
 _TILE, _LARGEST_COLS, _NUM_WARPS = 2048, 512, 4
