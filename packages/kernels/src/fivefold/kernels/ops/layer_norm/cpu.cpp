@@ -28,9 +28,15 @@ struct Rows {
   }
 };
 
-// Rows that are worked on together: their long chains of sums, root and quotient run side by side,
-// and what they add to the gradients of weight and bias is added up before it goes to memory.
-constexpr int kTogether = 4;
+// Rows that the forward pass takes together, so that their chains of sums, root and quotient run
+// side by side. Rows of 4 and 8 bytes a value wait for memory instead.
+template <class T>
+constexpr int64_t kTogether = sizeof(T) == 2 ? 4 : 1;
+
+// Rows whose share of the gradients of weight and bias is added up before it goes to memory, where
+// those take more of the cache than a few rows do.
+constexpr int kSummed = 4;
+constexpr int64_t kWide = 2048;
 
 template <class T>
 void forward(Rows<T> x, const Compute<T>* weight, const Compute<T>* bias, T* y, Compute<T>* mean,
@@ -39,8 +45,8 @@ void forward(Rows<T> x, const Compute<T>* weight, const Compute<T>* bias, T* y, 
   const int64_t width = shape.width;
   const C share = C(1) / width;
   parallel_for(0, shape.rows(), shape.grain(), num_threads, [=](int64_t from, int64_t to, int64_t) {
-    for (int64_t first = from; first < to; first += kTogether) {
-      const int64_t last = std::min(to, first + kTogether);
+    for (int64_t first = from; first < to; first += kTogether<T>) {
+      const int64_t last = std::min(to, first + kTogether<T>);
       for (int64_t row = first; row < last; ++row) {
         const T* xs = x[row];
         const auto value = [&](int64_t i, auto count) FIVEFOLD_INLINE {
@@ -143,18 +149,17 @@ void backward(Rows<T> dy, Rows<T> x, const Compute<T>* weight, const Compute<T>*
     C* dbias = dbiases == nullptr ? nullptr : &dbiases[thread * width];
     if (dweight != nullptr) std::fill_n(dweight, width, C(0));
     if (dbias != nullptr) std::fill_n(dbias, width, C(0));
-    for (int64_t first = from; first < to; first += kTogether) {
-      const int64_t count = std::min<int64_t>(to - first, kTogether);
-      Row<T> rows[kTogether];
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t row = first + i;
-        rows[i] = {dy[row], x[row], &dx[row * width], mean[row], rstd[row], 0, 0};
-        rows[i].project(weight, width);
-      }
-      if (count == kTogether)
-        finish<kTogether>(rows, weight, dweight, dbias, width);
+    Row<T> rows[kSummed];
+    int ready = 0;
+    for (int64_t row = from; row < to; ++row) {
+      rows[ready] = {dy[row], x[row], &dx[row * width], mean[row], rstd[row], 0, 0};
+      rows[ready++].project(weight, width);
+      if (width >= kWide && ready < kSummed && row != to - 1) continue;
+      if (ready == kSummed)
+        finish<kSummed>(rows, weight, dweight, dbias, width);
       else
-        for (int64_t i = 0; i < count; ++i) finish<1>(&rows[i], weight, dweight, dbias, width);
+        for (int i = 0; i < ready; ++i) finish<1>(&rows[i], weight, dweight, dbias, width);
+      ready = 0;
     }
   };
   const int64_t parts = parallel_for(0, shape.rows(), shape.grain(), num_threads, part);

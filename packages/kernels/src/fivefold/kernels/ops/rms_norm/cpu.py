@@ -100,8 +100,9 @@ def rms_norm_backward(
 
 
 def _scratch(gate: Tensor | None, group_size: int, dtype: torch.dtype) -> Tensor | None:
-    """A group for each thread, kept from one pass over it to the next."""
-    return None if gate is None else torch.empty((torch.get_num_threads(), group_size), dtype=dtype)
+    """Some groups for each thread, kept from one pass over them to the next."""
+    num_threads = torch.get_num_threads()
+    return None if gate is None else torch.empty((num_threads, 4, group_size), dtype=dtype)
 
 
 def _rows_of(name: str, inputs: tuple[object, ...]) -> list[Tensor]:
