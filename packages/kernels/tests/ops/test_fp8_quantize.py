@@ -187,7 +187,7 @@ def test_bit_for_bit_on_a_gpu(dtype: torch.dtype, backend: str) -> None:
 def test_what_cuda_refuses() -> None:
     pytest.importorskip("cuda.core")
     x = torch.empty(4, 4, dtype=torch.float64, device="meta")
-    with pytest.raises(BackendError, match=r"not torch\.float64"):
+    with record(), pytest.raises(BackendError, match=r"not torch\.float64"):
         fp8_quantize(x, backend="cuda")
-    with pytest.raises(BackendError, match="no transposed copy"):
+    with record(), pytest.raises(BackendError, match="no transposed copy"):
         op.fp8_quantize(x.float(), E4M3, False, True, "cuda")
