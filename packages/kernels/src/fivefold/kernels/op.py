@@ -26,6 +26,8 @@ Formula = Callable[..., Any]
 
 _specifying: ContextVar[bool] = ContextVar("_specifying", default=False)
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 # Every op that was defined in this process, by its qualified name.
 OPS: dict[str, "Op"] = {}
 
@@ -204,8 +206,14 @@ def _dispatcher_needed(arguments: Sequence[Any]) -> bool:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
     # A meta tensor has a shape and no values, unless the launches of its kernels are recorded.
-    shapes_alone = recording() is None
-    return any(
-        type(t) not in (Tensor, torch.nn.Parameter) or (shapes_alone and t.is_meta)
-        for t in _tensors(arguments)
-    )
+    if recording() is None and next(_tensors(arguments)).is_meta:
+        return True
+    return any(issubclass(kind, Tensor) and kind not in _PLAIN for kind in _kinds(arguments))
+
+
+def _kinds(arguments: Sequence[Any]) -> set[type]:
+    """Types of the arguments and of what is in lists; lists of an optimizer are long."""
+    kinds: set[type] = set()
+    for value in arguments:
+        kinds.update(map(type, value if isinstance(value, list | tuple) else (value,)))
+    return kinds

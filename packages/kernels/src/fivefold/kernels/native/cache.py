@@ -52,9 +52,7 @@ def inputs_name(source: Path) -> str:
     """The first part of a library's name: the file's stem and a hash of all but the compiler."""
     parts = [_cpu(), *FLAGS]
     content = [text for _, text in sorted(_texts(source).items())]
-    return (
-        f"{source.stem}-{_hash([part.encode() for part in parts] + content)}"
-    )
+    return f"{source.stem}-{_hash([part.encode() for part in parts] + content)}"
 
 
 def compiler_name(version: str) -> str:
