@@ -42,10 +42,11 @@ void exp_and_sigmoid(const C* x, C* e, C* s, int64_t n) {
 }
 
 FIVEFOLD_API void functions(int64_t type, const void* x, void* e, void* s, int64_t n) {
-  if (static_cast<Type>(type) == Type::f64)
-    exp_and_sigmoid(static_cast<const double*>(x), static_cast<double*>(e), static_cast<double*>(s), n);
-  else
-    exp_and_sigmoid(static_cast<const float*>(x), static_cast<float*>(e), static_cast<float*>(s), n);
+  const auto run = [=](auto c) {
+    using C = decltype(c);
+    exp_and_sigmoid(static_cast<const C*>(x), static_cast<C*>(e), static_cast<C*>(s), n);
+  };
+  static_cast<Type>(type) == Type::f64 ? run(double()) : run(float());
 }
 
 // Which part does which item, and how many parts there are.

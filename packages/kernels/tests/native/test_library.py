@@ -123,7 +123,10 @@ def test_a_process_killed_half_way_leaves_the_turn_to_others(
     started = tmp_path / "started"
     text = f'case "$*" in *--version*) echo v;; *) touch {started}; exec sleep 60;; esac'
     slow = _script(tmp_path, "slow", text)
-    code = f"from pathlib import Path; from fivefold.kernels import native; native.load(Path({str(source)!r}))"
+    code = (
+        "from pathlib import Path; from fivefold.kernels import native; "
+        f"native.load(Path({str(source)!r}))"
+    )
     child = subprocess.Popen(
         [sys.executable, "-c", code], env=os.environ | {"CXX": slow}, start_new_session=True
     )

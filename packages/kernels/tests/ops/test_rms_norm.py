@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from fivefold.kernels.ops.rms_norm import op, rms_norm
 from fivefold.kernels.ops.rms_norm.samples import SAMPLES
 from fivefold.kernels.testing import assert_close, op_tests

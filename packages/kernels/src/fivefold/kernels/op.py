@@ -100,11 +100,15 @@ class Op:
                 ``backend`` included.
         """
         self._registered.register_autograd(backward, setup_context=save)
-        formulas = {
-            "forward": staticmethod(lambda *arguments: self._run(*arguments)),
-            "setup_context": staticmethod(save),
-            "backward": staticmethod(backward),
-        }
+
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            # Not a setup_context of its own: torch then binds the arguments anew in every call,
+            # which takes longer than all the rest.
+            output = self._run(*arguments)
+            save(ctx, arguments, output)
+            return output
+
+        formulas = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         self._function = type(self.name, (torch.autograd.Function,), formulas)
 
     @property

@@ -12,7 +12,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -28,10 +28,8 @@ def folders() -> Iterator[Path]:
         yield Path(asked)
     else:
         base = os.environ.get("XDG_CACHE_HOME")
-        try:
+        with suppress(RuntimeError):  # a user without a home
             yield (Path(base) if base else Path.home() / ".cache") / "fivefold"
-        except RuntimeError:  # nobody's home
-            pass
     yield _temporary()
 
 

@@ -133,8 +133,9 @@ inline Pack<float> to_float(HalfBits half, float16) {
   const PackBits<float> rest = (h & 0x7fffu) << 13;
   const Pack<float> scaled = bit_cast<Pack<float>>(rest) * 0x1p112f;
   const PackBits<float> special = rest | 0x7f800000u;  // infinity and NaN
+  const PackBits<float> usual = bit_cast<PackBits<float>>(scaled);
   return bit_cast<Pack<float>>(
-      sign | select<PackBits<float>>(rest >= 0x0f800000u, special, bit_cast<PackBits<float>>(scaled)));
+      sign | select<PackBits<float>>(rest >= 0x0f800000u, special, usual));
 }
 
 // Rounds to nearest, ties to even; NaN stays NaN.

@@ -29,9 +29,9 @@ struct Rows {
 };
 
 // Rows that the forward pass takes together, so that their chains of sums, root and quotient run
-// side by side. Rows of 4 and 8 bytes a value wait for memory instead.
+// side by side. In float32 they wait for memory instead.
 template <class T>
-constexpr int64_t kTogether = sizeof(T) == 2 ? 4 : 1;
+constexpr int64_t kTogether = sizeof(T) == 4 ? 1 : 4;
 
 // Rows whose share of the gradients of weight and bias is added up before it goes to memory, where
 // those take more of the cache than a few rows do.

@@ -24,7 +24,7 @@ def layer_norm_forward(
     eps: float,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``x`` (O, I, N), ``weight`` and ``bias`` (N,) to the result (O, I, N), mean and 1/std (O, I)."""
+    """``x`` (O, I, N), ``weight`` and ``bias`` (N,) to ``y`` like x, mean and 1/std (O, I)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     mean = x.new_empty(x.shape[:2], dtype=wide)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -4,7 +4,7 @@ Legend: O outer, I inner, N values in a row; rows are (O, I).
 """
 
 import math
-from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -34,8 +34,4 @@ def side_by_side(x_oin: Tensor) -> Tensor:
 def _one_stride(x: Tensor, first: int, last: int) -> bool:
     """Whether the dims from ``first`` to ``last - 1`` are one dim, cut up."""
     dims = [(x.shape[i], x.stride(i)) for i in range(first, last) if x.shape[i] != 1]
-    return all(outer[1] == inner[0] * inner[1] for outer, inner in _pairs(dims))
-
-
-def _pairs(dims: Sequence[tuple[int, int]]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    return list(zip(dims[:-1], dims[1:], strict=True))
+    return all(stride == size * step for (_, stride), (size, step) in pairwise(dims))

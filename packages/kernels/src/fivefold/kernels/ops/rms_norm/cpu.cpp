@@ -28,9 +28,9 @@ inline P silu(P z) {
 }
 
 // Groups that the forward pass takes together, so that their chains of sums, root and quotient run
-// side by side. Values of 4 and 8 bytes wait for memory instead.
+// side by side. In float32 they wait for memory instead.
 template <class T>
-constexpr int64_t kTogether = sizeof(T) == 2 ? 4 : 1;
+constexpr int64_t kTogether = sizeof(T) == 4 ? 1 : 4;
 
 // A group of a row in the forward pass.
 template <class T, Gate kGate>
@@ -216,7 +216,7 @@ FIVEFOLD_API void rms_norm_forward(int64_t type, const void* x, const void* weig
   });
 }
 
-// As above; partial: (num_threads, width), whose first row becomes the weight's gradient; dx, dgate:
+// As above; partial: (num_threads, width), whose first row becomes the gradient of weight; dx, dgate:
 // (rows, width) without gaps.
 FIVEFOLD_API void rms_norm_backward(int64_t type, const void* dy, const void* x,
                                     const void* weight, const void* gate, const void* rstd,
