@@ -151,12 +151,14 @@ def install_and_test(session: nox.Session, package: str, *constraints: str) -> N
 
 
 def copy_tests(folder: Path, scratch: Path) -> None:
-    """Copy what the tests of a package read of the checkout: themselves, settings, READMEs."""
+    """Copy what the tests of a package read of the checkout: no source of it is among that."""
     readmes = [each / "README.md" for each in FOLDERS.values()]
     for path in (Path("pyproject.toml"), Path("README.md"), *readmes):
         (scratch / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, scratch / path)
-    shutil.copytree(folder / "tests", scratch / folder / "tests")
+    for name in ("tests", "benchmarks"):
+        if (folder / name).is_dir():
+            shutil.copytree(folder / name, scratch / folder / name)
 
 
 def lowest_versions() -> Iterator[str]:
