@@ -8,7 +8,7 @@ from fivefold.kernels.errors import KernelInputError
 from fivefold.kernels.ops.layer_norm import layer_norm, op
 from fivefold.kernels.ops.layer_norm.rows import as_rows
 from fivefold.kernels.ops.layer_norm.samples import SAMPLES
-from fivefold.kernels.testing import assert_close, op_tests
+from fivefold.kernels.testing import assert_close, memory, op_tests
 
 TestLaws = op_tests(SAMPLES, ops=(op.layer_norm_forward, op.layer_norm_backward))
 
@@ -112,6 +112,34 @@ def test_mean_0_and_variance_1_whatever_the_scale(backend: str) -> None:
     torch.testing.assert_close(y.mean(-1), torch.zeros(5, dtype=torch.float64))
     torch.testing.assert_close(y.square().mean(-1), torch.ones(5, dtype=torch.float64))
     torch.testing.assert_close(y, layer_norm(x, (48,), eps=0, backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_that_follow_are_left_alone(backend: str) -> None:
+    # Not NaN, which would pass for the poison where it is written.
+    x = torch.randn(9, 24, dtype=torch.float64)[:5].requires_grad_()
+    weight = torch.randn(24, dtype=torch.float64)
+    dy = torch.randn(9, 24, dtype=torch.float64)[:5]
+    with memory.poisoned():
+        y = layer_norm(x, (24,), weight, backend=backend)
+        torch.autograd.grad(y, x, dy)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 6])
+def test_wide_rows(rows: int) -> None:
+    x = torch.randn(rows, 2500, dtype=torch.float64, requires_grad=True)
+    parameters = torch.randn(2, 2500, dtype=torch.float64).unbind()
+    leaves = [x, *(each.requires_grad_() for each in parameters)]
+    found = layer_norm(x, (2500,), *parameters, backend="cpu")
+    expected = F.layer_norm(x, (2500,), *parameters)
+    torch.testing.assert_close(found, expected)
+    dy = torch.randn(rows, 2500, dtype=torch.float64)
+    for ours, torchs in zip(
+        torch.autograd.grad(found, leaves, dy),
+        torch.autograd.grad(expected, leaves, dy),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, torchs)
 
 
 @pytest.mark.parametrize("threads", [2, 3])

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from fivefold.kernels.ops.rms_norm import op, rms_norm
 from fivefold.kernels.ops.rms_norm.samples import SAMPLES
-from fivefold.kernels.testing import assert_close, op_tests
+from fivefold.kernels.testing import assert_close, memory, op_tests
 
 TestLaws = op_tests(SAMPLES, ops=(op.rms_norm_forward, op.rms_norm_backward))
 
@@ -34,6 +34,17 @@ def test_extreme_values(backend: str) -> None:
     assert y[2, 0].isnan() and torch.equal(y[2, 1:], torch.zeros(69))
     assert y[3].isnan().all()
     torch.testing.assert_close(y[4], F.rms_norm(rows[4], (70,), None, 1e-6))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_that_follow_are_left_alone(backend: str) -> None:
+    # Not NaN, which would pass for the poison where it is written.
+    x = torch.randn(9, 24, dtype=torch.float64)[:5].requires_grad_()
+    weight = torch.randn(24, dtype=torch.float64)
+    dy = torch.randn(9, 24, dtype=torch.float64)[:5]
+    with memory.poisoned():
+        y = rms_norm(x, (24,), weight, backend=backend)
+        torch.autograd.grad(y, x, dy)
 
 
 @pytest.mark.parametrize("threads", [2, 3])

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <pthread.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
@@ -20,6 +21,7 @@
 #include <new>
 #include <thread>
 #include <type_traits>
+#include <vector>
 
 // An entry point: int64_t, double and pointers in, nothing out.
 #define FIVEFOLD_API extern "C" __attribute__((visibility("default")))
@@ -366,13 +368,8 @@ class Workers {
   }
 
   void lead(Run run, void* job, int64_t parts) {
-    for (; num_workers_ < parts - 1; ++num_workers_) {
-      try {
-        std::thread([this] { work(); }).detach();
-      } catch (const std::exception&) {  // no more threads to be had
-        break;
-      }
-    }
+    hire(parts - 1);
+    keep_off_this_cpu();
     {
       std::lock_guard<std::mutex> guard(mutex_);
       run_ = run;
@@ -386,7 +383,38 @@ class Workers {
     // What no worker has taken yet is done here, so a late one costs nothing.
     while (take_part()) {
     }
-    for (int spins = 0; unfinished_.load() != 0; ++spins) rest(spins);
+    for (int64_t spins = 0; unfinished_.load() != 0; ++spins) {
+      rest();
+      if (spins % 64 == 63) std::this_thread::yield();  // to the worker that is waited for, perhaps
+    }
+  }
+
+  void hire(int64_t count) {
+    try {
+      workers_.reserve(count);
+      while (static_cast<int64_t>(workers_.size()) < count) {
+        std::thread worker([this] { work(); });
+        workers_.push_back(worker.native_handle());
+        worker.detach();
+      }
+    } catch (const std::exception&) {  // no more threads to be had: the others do more
+    }
+  }
+
+  // On a busy machine a scheduler leaves workers on the CPU of the thread that wakes them, where
+  // they wait for it to end and do nothing for it.
+  void keep_off_this_cpu() {
+#ifdef __linux__
+    const int cpu = sched_getcpu();
+    if (cpu == callers_cpu_ && workers_.size() == num_placed_) return;
+    cpu_set_t others;
+    if (sched_getaffinity(0, sizeof(others), &others) != 0) return;
+    CPU_CLR(cpu, &others);
+    if (CPU_COUNT(&others) == 0) return;
+    for (const auto worker : workers_) pthread_setaffinity_np(worker, sizeof(others), &others);
+    callers_cpu_ = cpu;
+    num_placed_ = workers_.size();
+#endif
   }
 
   void work() {
@@ -394,8 +422,8 @@ class Workers {
     for (;;) {
       using Clock = std::chrono::steady_clock;
       const Clock::time_point end = Clock::now() + kPatience;
-      for (int spins = 0; calls_.load() == seen; ++spins) {
-        rest(spins);
+      for (int64_t spins = 0; calls_.load() == seen; ++spins) {
+        rest();
         if (spins % 64 == 63 && Clock::now() > end) break;
       }
       {
@@ -421,24 +449,27 @@ class Workers {
     return true;
   }
 
-  // Some nanoseconds; a turn of others now and then, who may be what is waited for.
-  static void rest(int spins) {
+  // Some nanoseconds.
+  static void rest() {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
 #endif
-    if (spins % 64 == 63) std::this_thread::yield();
   }
 
   // How long a worker looks out before it sleeps: from one kernel of a model to the next. To wake
   // one up may take as long.
   static constexpr std::chrono::microseconds kPatience{200};
 
-  std::atomic<bool> busy_{false};  // serving a caller
+  std::atomic<bool> busy_{false};  // serving a caller, who alone uses what comes next
+  std::vector<std::thread::native_handle_type> workers_;
+  [[maybe_unused]] int callers_cpu_ = -1;
+  [[maybe_unused]] size_t num_placed_ = 0;
+
   std::condition_variable wake_;
   std::mutex mutex_;  // guards what follows
   Run run_ = nullptr;
   void* job_ = nullptr;
-  int64_t next_ = 0, parts_ = 0, num_workers_ = 0;
+  int64_t next_ = 0, parts_ = 0;
   std::atomic<int64_t> unfinished_{0};
   std::atomic<uint64_t> calls_{0};
 };

@@ -216,8 +216,8 @@ FIVEFOLD_API void rms_norm_forward(int64_t type, const void* x, const void* weig
   });
 }
 
-// As above; partial: (num_threads, width), whose first row becomes the gradient of weight; dx, dgate:
-// (rows, width) without gaps.
+// As above; partial: (num_threads, width), whose first row becomes the gradient of weight; dx,
+// dgate: (rows, width) without gaps.
 FIVEFOLD_API void rms_norm_backward(int64_t type, const void* dy, const void* x,
                                     const void* weight, const void* gate, const void* rstd,
                                     void* dx, void* partial, void* dgate, void* scratch,
