@@ -42,13 +42,15 @@ def test_empties_are_nan_within() -> None:
     assert made[0].shape == (2, 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [0.0, float("nan")])
 @pytest.mark.parametrize(("offset", "side"), [(-1, "before"), (4, "after")])
-def test_a_write_outside_is_found(offset: int, side: str) -> None:
+def test_a_write_outside_is_found(offset: int, side: str, value: float, dtype: torch.dtype) -> None:
     def write() -> None:
         with memory.poisoned():
-            x = torch.empty(4)
-            flat = torch.empty(0)  # a tensor of its own, whose margins stay as they are
-            flat.set_(x.untyped_storage(), x.storage_offset() + offset, (1,)).fill_(0.0)
+            x = torch.empty(4, dtype=dtype)
+            flat = torch.empty(0, dtype=dtype)  # a tensor whose own margins stay as they are
+            flat.set_(x.untyped_storage(), x.storage_offset() + offset, (1,)).fill_(value)
             flat.set_()
 
     with pytest.raises(AssertionError, match=f"1 values were written {side} a tensor of shape"):
