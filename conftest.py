@@ -1,12 +1,15 @@
-"""Settings of the whole test run.
-
-Triton looks at ``TRITON_INTERPRET`` once, when it is imported, and libraries that tests of other
-packages use import it: this has to come before them all.
-"""
+"""Settings of the whole test run."""
 
 import os
+import signal
 
 import torch
 
+# Triton looks at TRITON_INTERPRET once, when it is imported, and libraries that tests of other
+# packages use import it: this has to come before them all.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# A job that a shell runs in the background ignores Ctrl-C, and there are tests of what it does.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
