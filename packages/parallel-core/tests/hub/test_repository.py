@@ -54,7 +54,10 @@ def test_names_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "x" * 97,
     ],
 )
-def test_neither_folder_nor_repository(name: str) -> None:
+def test_neither_folder_nor_repository(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # nothing lies beside it
     with pytest.raises(CheckpointError, match="expected a folder or a repository") as info:
         resolve(name)
     assert "\n" not in str(info.value)
