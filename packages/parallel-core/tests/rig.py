@@ -42,12 +42,15 @@ class Case:
     sequence: bool = True
     stages_per_rank: int = 1
     schedule: str = ""
+    activation_budget: int | None = None
+    regions: str = "none"
     microbatch_size: int = 1
     precision: Precision = DOUBLE
     changes: Mapping[str, Style] = field(default_factory=dict)
 
     def __str__(self) -> str:
         words = [f"{name}={degree}" for name, degree in self.degrees.items()]
+        words += [f"recomputing {self.regions}"] * (self.regions != "none")
         words += ["whole-sequence"] * (not self.sequence)
         words += [self.schedule] * (self.schedule != "")
         words += [f"{self.stages_per_rank} stages a rank"] * (self.stages_per_rank > 1)
@@ -197,7 +200,11 @@ def make_job(case: Case, topology: Topology | None = None) -> Job:
         topology = Topology(Layout(world_size, **case.degrees))  # type: ignore[arg-type]
     layout, config = topology.layout, case.config
     schedule = case.schedule or ("1F1B" if case.stages_per_rank == 1 else "Interleaved1F1B")
-    pipeline = PipelineConfig(schedule=schedule, stages_per_rank=case.stages_per_rank)
+    pipeline = PipelineConfig(
+        schedule=schedule,
+        stages_per_rank=case.stages_per_rank,
+        activation_budget=case.activation_budget,
+    )
     model = build(
         lambda: Toy(config),
         topology,
@@ -206,6 +213,7 @@ def make_job(case: Case, topology: Topology | None = None) -> Job:
         tail=TAIL,
         pipeline=pipeline,
         precision=case.precision,
+        regions=case.regions,
     )
     model.initialise(rule, SEED)
     runner = make_runner(

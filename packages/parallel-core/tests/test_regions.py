@@ -6,11 +6,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+from torch.utils.checkpoint import GraphExecGroup
 
 from fivefold.parallel_core import ConfigError, Layout, Topology, launch, parallelize, recompute
+from fivefold.parallel_core.activations import ActivationLedger
 from fivefold.parallel_core.losses import SideOutputs
-from fivefold.parallel_core.recomputing import is_recomputing, recomputation
-from fivefold.parallel_core.regions import check_regions
+from fivefold.parallel_core.recomputing import (
+    is_recomputing,
+    is_requested,
+    recomputation,
+    request_recomputation,
+)
+from fivefold.parallel_core.regions import check_regions, on_request
 
 from .gpt import GPT, B, H, S, plan
 
@@ -126,9 +134,67 @@ def test_no_gradients_no_repetition() -> None:
 
 def test_is_recomputing_only_inside() -> None:
     assert not is_recomputing()
-    with recomputation(), recomputation():
-        assert is_recomputing()
-    assert not is_recomputing()
+    again = recomputation()
+    for _ in range(2):
+        with again, recomputation(), again:
+            assert is_recomputing()
+        assert not is_recomputing()
+
+
+@pytest.mark.parametrize("inner", ["none", "selective"])
+def test_what_is_recomputed_on_request_is_so_where_it_was_asked_for(inner: str) -> None:
+    plain, model = GPT(num_layers=2), GPT(num_layers=2)
+    model.load_state_dict(plain.state_dict())
+    recompute(model, inner)
+    recompute(model, "full", only_on_request=True)
+    recompute(model, "full", only_on_request=True)
+    assert list(on_request(model)) == list(model.layers)
+    expected, kept = step(plain), []
+    for on in (False, True):
+        x = torch.randn(B, S, H, requires_grad=True)
+        with ActivationLedger(model) as ledger, request_recomputation(on):
+            assert is_requested() == on
+            y = model(x)
+            kept.append(ledger.live)
+        y.sum().backward()  # asks for nothing: the forward pass decided
+        model.zero_grad()
+        with request_recomputation(on):
+            found = step(model)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not is_requested()
+    assert kept[1] == 2 * B * S * H * 4 < kept[0]
+
+
+@pytest.mark.parametrize("regions", ["full", "norms"])
+def test_a_backward_in_two_parts_recomputes_once_in_each(regions: str) -> None:
+    """As the pipeline schedules of zero bubble have it: inputs first, weights later."""
+    found = []
+    for mode in ("none", regions):
+        torch.manual_seed(0)
+        model = GPT()
+        recompute(model, mode)
+        calls = []
+        model.layers[0].mlp_norm.register_forward_pre_hook(lambda *_, c=calls: c.append(1))
+        x = torch.randn(B, S, H, requires_grad=True)
+        y = model(x).clone()
+        grads, groups = stage_backward_input([y], [torch.ones_like(y)], [x], model.parameters())
+        with GraphExecGroup():
+            stage_backward_weight(model.parameters(), groups)
+        found.append([*grads, *(p.grad for p in model.parameters())])
+        if mode == "full":
+            assert len(calls) == 3
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_region_is_recomputed_in_one_way(first: bool) -> None:
+    model = GPT()
+    recompute(model, "full", only_on_request=first)
+    ways = ["always", "on request"]
+    with pytest.raises(
+        ConfigError, match=f"layers.0 cannot be recomputed {ways[not first]}; it is {ways[first]}"
+    ):
+        recompute(model, "full", only_on_request=not first)
 
 
 @pytest.mark.parametrize(

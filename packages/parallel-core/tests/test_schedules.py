@@ -1,8 +1,13 @@
 """Every pipeline schedule trains as one process, with mixtures, side losses and recomputation."""
 
 import pytest
+import torch
 
+from fivefold.parallel_core.collectives import gather_along
+from fivefold.parallel_core.in_flight import orders_of
 from fivefold.parallel_core.launcher import launch
+from fivefold.parallel_core.moving_window import window_peak
+from fivefold.parallel_core.pipeline import PipelineRunner
 from fivefold.parallel_core.pipeline_config import SCHEDULES, V_SHAPED, PipelineConfig
 
 from .rig import DOUBLE, Case, make_job, parallel_run, plain_run, worst
@@ -26,6 +31,19 @@ def cases(schedule: str) -> list[Case]:
     ]
 
 
+def recomputing(schedule: str, regions: str, budget: int | None) -> Case:
+    """Everything at once: sharded over all axes, and regions recomputed."""
+    stages = 1 if schedule in ("GPipe", "1F1B") else 2
+    return Case(
+        degrees={"tp": 2, "pp": 2, "ep": 2},
+        config=CONFIG,
+        schedule=schedule,
+        stages_per_rank=stages,
+        regions=regions,
+        activation_budget=budget,
+    )
+
+
 def on_a_rank(schedule: str) -> list[tuple[float, str]]:
     reference = plain_run(CONFIG)
     found = []
@@ -38,6 +56,39 @@ def on_a_rank(schedule: str) -> list[tuple[float, str]]:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_eight_ranks_train_as_one(schedule: str) -> None:
     for found in launch(on_a_rank, 8, schedule, timeout=300):
+        assert max(found) < (TOLERANCE, "")
+
+
+def recomputing_on_a_rank(schedule: str) -> list[tuple[float, str]]:
+    reference = plain_run(CONFIG)
+    found = []
+    if schedule in V_SHAPED:  # and whose backward is in two parts
+        job = make_job(recomputing(schedule, "full", None))
+        found.append(worst(job, parallel_run(job), reference))
+
+    plenty = make_job(recomputing(schedule, "selective", 2**40))
+    plenty.backward(), plenty.backward()
+    runner = plenty.runner
+    assert isinstance(runner, PipelineRunner) and runner.budget is not None
+    order = orders_of(runner.schedule)[plenty.topology.rank("pp")]
+    firsts, everything = {a[1:] for a in order if a.microbatch == 0}, {a[1:] for a in order}
+    least, most = (window_peak(order, runner.budget.sizes, s) for s in (firsts, everything))
+    # Ranks of one stage have other experts' tokens, and must have found the same all the same.
+    sizes = gather_along(torch.tensor([[least, most]]), plenty.topology.axis("tp-dp-cp"), 0)
+    assert len(set(map(tuple, sizes.tolist()))) == 1
+
+    job = make_job(recomputing(schedule, "selective", (least + most) // 2))
+    found.append(worst(job, parallel_run(job), reference))
+    runner = job.runner
+    assert isinstance(runner, PipelineRunner) and runner.budget is not None
+    assert runner.budget.stored
+    assert (runner.budget.stored < everything) == (least < most)
+    return found
+
+
+@pytest.mark.parametrize("schedule", ["Interleaved1F1B", "ZBVZeroBubble"])
+def test_recomputed_regions_and_a_byte_budget_train_as_one(schedule: str) -> None:
+    for found in launch(recomputing_on_a_rank, 8, schedule, timeout=300):
         assert max(found) < (TOLERANCE, "")
 
 

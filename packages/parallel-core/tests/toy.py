@@ -6,6 +6,7 @@ Legend: B sequences, S tokens of a sequence here, T keys, H hidden width, V voca
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -159,6 +160,8 @@ class Block(nn.Module):
 
 class Toy(nn.Module):
     """Ids (B, S) to logits (B, S, V); a pipeline stage reads or gives hidden states."""
+
+    recompute_regions: ClassVar = {"attention_core": "layers.*.attention.core", "layer": "layers.*"}
 
     def __init__(self, config: ToyConfig):
         super().__init__()

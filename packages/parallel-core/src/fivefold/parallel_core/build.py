@@ -93,11 +93,13 @@ def build(
         pipeline: schedule; the default has one stage on each rank.
         precision: dtypes and FSDP for training; None for inference.
         dtype: of the parameters where ``precision`` is None.
-        regions: what backward recomputes; see ``recompute``.
+        regions: what backward recomputes; see ``recompute``. Not whole layers where ``pipeline``
+            has an ``activation_budget``, which chooses the microbatches whose layers are.
     """
     pp = topology.axis("pp")
     pipeline = PipelineConfig() if pipeline is None else pipeline
     per_rank = pipeline.stages_per_rank
+    on_request = "none" if pipeline.activation_budget is None else "full"
     table = ParameterTable(topology)
     parts = []
     for i in range(per_rank):
@@ -105,9 +107,10 @@ def build(
             part = make().to(precision.storage_dtype if precision else dtype)
         check_plan(part, plan)
         check_regions(part, regions)
+        check_regions(part, on_request)
         stage = pipeline.stage_index(pp.rank, i, pp.size)
         keep_stage(part, stage, pp.size * per_rank, head=head, tail=tail)
-        parallelize(part, topology, plan, precision, table, regions)
+        parallelize(part, topology, plan, precision, table, regions, on_request)
         part.to_empty(device=topology.device)
         tie(part)
         parts.append(part)

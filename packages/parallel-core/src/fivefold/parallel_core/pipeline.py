@@ -3,16 +3,22 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, schedules
+from torch.distributed.pipelining import schedules
 
+from fivefold.parallel_core.activation_budget import ActivationBudget
+from fivefold.parallel_core.collectives import gather_along
 from fivefold.parallel_core.data_parallel import free_gathered, synchronise_last
 from fivefold.parallel_core.errors import ConfigError
-from fivefold.parallel_core.pipeline_config import ONE_STAGE, SPLIT_BACKWARD, PipelineConfig
+from fivefold.parallel_core.in_flight import orders_of
+from fivefold.parallel_core.pipeline_config import ONE_STAGE, PipelineConfig
+from fivefold.parallel_core.stage import Stage
 from fivefold.parallel_core.topology import Topology
 
 
@@ -119,42 +125,16 @@ class LocalRunner(Runner):
         return loss
 
 
-class _Contiguous(torch.autograd.Function):
-    """Identity; what crosses a stage's border in either direction is contiguous."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.contiguous().view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0].contiguous()
-
-
-class _Stage(PipelineStage):
-    """A stage whose messages are contiguous tensors, as the network needs them.
-
-    Attributes:
-        splits: whether gradients of inputs and of weights are computed apart.
-    """
-
-    splits = False
-
-    def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.is_first:
-            args = tuple(_Contiguous.apply(x) for x in args)
-        out = super().forward_maybe_with_nosync(*args, **kwargs)
-        if self.is_last:
-            return out
-        if self.splits:
-            # torch then lets go of the output's graph in place, which no view would bear.
-            return out.clone(memory_format=torch.contiguous_format)
-        return _Contiguous.apply(out)
-
-
 def _example(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """What crosses a border, without values; torch lays out its messages after it."""
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
+
+
+def _largest(numbers: Sequence[int], topology: Topology) -> list[int]:
+    """The largest of each number over the ranks that share this rank's stages."""
+    mine = torch.tensor([numbers], device=topology.device)
+    found: list[int] = gather_along(mine, topology.axis("tp-dp-cp"), 0).amax(0).tolist()
+    return found
 
 
 def _quiet_schedules() -> None:
@@ -178,6 +158,10 @@ class PipelineRunner(Runner):
         hidden: shape of what crosses a border.
         logits: shape of the last stage's output.
         dtype: of activations.
+
+    Attributes:
+        schedule: torch's.
+        budget: what decides which microbatches are recomputed; None where nothing limits them.
     """
 
     def __init__(
@@ -196,42 +180,50 @@ class PipelineRunner(Runner):
         pp = topology.axis("pp")
         config.check(pp.size, num_microbatches)
         num_stages = pp.size * config.stages_per_rank
-        stages: list[Any] = []
+        stages: dict[int, Stage] = {}
         for i, part in enumerate(parts):
             index = config.stage_index(pp.rank, i, pp.size)
-            takes = _example(ids, torch.int64) if index == 0 else _example(hidden, dtype)
-            gives = _example(logits if index == num_stages - 1 else hidden, dtype)
-            stages.append(
-                _Stage(
-                    part,
-                    index,
-                    num_stages,
-                    topology.device,
-                    input_args=takes,
-                    output_args=gives,
-                    group=pp.group,
-                )
+            stages[index] = Stage(
+                part,
+                index,
+                num_stages,
+                topology.device,
+                takes=_example(ids, torch.int64) if index == 0 else _example(hidden, dtype),
+                gives=_example(logits if index == num_stages - 1 else hidden, dtype),
+                group=pp.group,
             )
-        for stage in stages:
-            stage.splits = config.schedule in SPLIT_BACKWARD
         # V-shaped schedules have both ends on one rank.
-        self.first = any(stage.is_first for stage in stages)
-        self._tail = next((p for p, s in zip(parts, stages, strict=True) if s.is_last), None)
+        self.first = 0 in stages
+        self._tail = stages[num_stages - 1].submod if num_stages - 1 in stages else None
         self._parts, self._scale = parts, 1.0
         kwargs: dict[str, Any] = {"loss_fn": self._loss, "scale_grads": False}
         make: Any = schedules.get_schedule_class(config.schedule)
-        of = stages[0] if config.schedule in ONE_STAGE else stages
+        every = list(stages.values())
+        of: Any = every[0] if config.schedule in ONE_STAGE else every
         self.schedule: Any = make(of, num_microbatches, **kwargs)
+        self.budget: ActivationBudget | None = None
+        if config.activation_budget is not None:
+            self.budget = ActivationBudget(
+                config.activation_budget,
+                orders_of(self.schedule)[pp.rank],
+                {index: stage.submod for index, stage in stages.items()},
+                partial(_largest, topology=topology),
+            )
+            for stage in every:
+                stage.around = self.budget.forward
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         if self._tail is None:
             raise RuntimeError("the loss is computed where the last stage is")
-        loss: Tensor = self._tail.get_submodule("loss")(logits, targets) * self._scale
+        with nullcontext() if self.budget is None else self.budget.loss(targets):
+            loss: Tensor = self._tail.get_submodule("loss")(logits, targets) * self._scale
         return loss
 
     def train(self, inputs: Tensor, targets: Tensor, scale: float) -> Tensor:
         """See ``Runner.train``."""
         self._scale = scale
+        if self.budget is not None:
+            self.budget.start_step()
         return self._run(self.schedule.step, inputs, targets) / scale
 
     def evaluate(self, inputs: Tensor, targets: Tensor) -> Tensor:

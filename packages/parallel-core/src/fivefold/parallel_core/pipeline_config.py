@@ -18,8 +18,6 @@ Schedule = Literal[
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 ONE_STAGE = ("GPipe", "1F1B")
 """Schedules with one stage on each rank; the others have several."""
-SPLIT_BACKWARD = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
-"""Schedules that compute the gradients of inputs first and those of weights where there is time."""
 V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
 """Schedules whose second half runs back over the ranks, so that rank 0 has both ends."""
 
@@ -34,10 +32,14 @@ class PipelineConfig(Config):
             "ZBVZeroBubble" (2401.10241), "DualPipeV" (2412.19437).
         stages_per_rank: number of stages on each rank: 1 for "GPipe" and "1F1B", 2 for the V-shaped
             "ZBVZeroBubble" and "DualPipeV", 2 or more for the others.
+        activation_budget: bytes of activations that autograd may keep on each rank between forward
+            and backward. As many microbatches as fit are stored as they are, and the layers of the
+            others are recomputed (arXiv 2205.05198, appendix C); None stores all.
     """
 
     schedule: Schedule = "1F1B"
     stages_per_rank: int = 1
+    activation_budget: int | None = None
 
     def __post_init__(self) -> None:
         least = 1 if self.schedule in ONE_STAGE else 2
@@ -47,6 +49,11 @@ class PipelineConfig(Config):
             raise ConfigError(
                 f"schedule {self.schedule!r} with stages_per_rank={self.stages_per_rank}; it has "
                 f"{legal} on each rank"
+            )
+        if self.activation_budget is not None and self.activation_budget < 1:
+            raise ConfigError(
+                f"activation_budget={self.activation_budget}; it is a number of bytes above 0, or "
+                "none"
             )
 
     def stage_index(self, rank: int, part: int, num_ranks: int) -> int:
@@ -65,6 +72,11 @@ class PipelineConfig(Config):
             if self.stages_per_rank != 1:
                 raise ConfigError(
                     f"{self.stages_per_rank} stages on each rank need a pipeline; pp is 1"
+                )
+            if self.activation_budget is not None:
+                raise ConfigError(
+                    "activation_budget chooses among the microbatches that are in flight in a "
+                    "pipeline; pp is 1, where there is one at a time"
                 )
             return
         least = 2 * num_ranks if self.schedule == "DualPipeV" else num_ranks

@@ -20,6 +20,7 @@ def parallelize(
     precision: Precision | None = None,
     table: ParameterTable | None = None,
     regions: str | Sequence[str] = "none",
+    regions_on_request: str | Sequence[str] = "none",
 ) -> ParameterTable:
     """Lay ``model`` over the ranks of ``topology``, in place.
 
@@ -34,6 +35,7 @@ def parallelize(
             axes, as inference wants them.
         table: the table to enter parameters in, for the second and later stages of one rank.
         regions: what backward recomputes; see ``recompute``.
+        regions_on_request: what it recomputes besides where the forward pass asked for it.
 
     Returns:
         The table of the model's parameters.
@@ -50,6 +52,7 @@ def parallelize(
     tie(model)
     table.pieces(model)
     recompute(model, regions)
+    recompute(model, regions_on_request, only_on_request=True)
     if precision is not None:
         shard_data(model, table, _units(model), precision)
     return table
