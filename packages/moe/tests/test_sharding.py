@@ -1,6 +1,5 @@
 """Models over ranks: what fits, and that every layout trains the same model."""
 
-import math
 from functools import cache
 
 import pytest
@@ -107,11 +106,17 @@ def test_every_element_is_held_and_counted_once(case: Case) -> None:
 
 
 def test_bfloat16_is_near() -> None:
+    """Over four seeds the first step was off by 0.2 % (norm 1.1 %), the later ones by 2.2 % (16 %).
+
+    What grows is what routing decides: a token near the border between two experts takes the other
+    one, which changes its gradient and the balance of experts, but hardly the loss.
+    """
+    first = {"norm": 0.03, "loss": 0.005, "aux_loss": 0.005, "z_loss": 0.005}
+    later = {"norm": 0.25, "loss": 0.02, "aux_loss": 0.05, "z_loss": 0.02}
     scalars = verdict(case(tp=2, pp=2, ep=4, precision=BFLOAT16))[0].scalars
     for name, expected in reference(MODEL).scalars.items():
-        assert math.isfinite(scalars[name])
-        # Gradients change more: a token near the border between two experts takes the other one.
-        near = 0.15 if name.startswith("norm") else 0.02
+        kind, step = name.rstrip("]").split("[")
+        near = (first if step == "0" else later)[kind]
         assert scalars[name] == pytest.approx(expected, rel=near), name
 
 

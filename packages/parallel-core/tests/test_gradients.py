@@ -3,13 +3,14 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining import Schedule1F1B
+from torch.distributed.pipelining import schedules
 
 from fivefold.parallel_core import collectives, pipeline, tensor_parallel
 from fivefold.parallel_core.build import ParallelModel
@@ -179,9 +180,10 @@ def doubled(set_factor: Callable[[FSDPModule, float], None]) -> Callable[[FSDPMo
     return lambda module, factor: set_factor(module, 2 * factor)
 
 
-def scaled_by_microbatches(stage: object, count: int, **options: object) -> object:
-    """Instead of our choice of torch's schedule."""
-    return Schedule1F1B(stage, count, **{**options, "scale_grads": True})  # type: ignore[arg-type]
+def scaled_by_microbatches(name: str) -> Callable[..., object]:
+    """Instead of torch's schedules."""
+    real = schedules.get_schedule_class(name)
+    return lambda *stages, **options: real(*stages, **{**options, "scale_grads": True})
 
 
 ALONE = Axis("world", 1, 0, (0,))
@@ -236,7 +238,10 @@ MUTATIONS: dict[str, tuple[Case, Mutation]] = {
         replaced(tensor_parallel, "all_reduce", untouched),
     ),
     "a whole norm said to be partial": (WHOLE, planned(layer__mlp_norm=Replicate())),
-    "the schedule scales too": (STAGED, replaced(pipeline, "Schedule1F1B", scaled_by_microbatches)),
+    "the schedule scales too": (
+        STAGED,
+        replaced(pipeline, "schedules", SimpleNamespace(get_schedule_class=scaled_by_microbatches)),
+    ),
 }
 CONTROLS = {"FOLDED": FOLDED, "WHOLE": WHOLE, "STAGED": STAGED}
 
