@@ -55,7 +55,10 @@ def test_which_obeys_the_environment(
 ) -> None:
     monkeypatch.setenv("FIVEFOLD_BACKEND", "aten")
     assert main(["which", "rms_norm"]) == 0
-    assert "rms_norm_forward: nothing: " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "was asked by FIVEFOLD_BACKEND to run on 'aten': this op has triton, cpu" in out
+    assert "rms_norm_forward: nothing: " in out
+    assert "not reference: it can, and FIVEFOLD_BACKEND asks for aten" in out
 
 
 @pytest.mark.parametrize("command", ["which", "report"])

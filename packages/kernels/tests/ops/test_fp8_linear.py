@@ -154,6 +154,8 @@ def test_errors() -> None:
         fp8_linear(x.to(E5M2), weight.to(E5M2))
     with pytest.raises(KernelInputError, match=r"float8_e5m2, was asked for torch\.float32"):
         fp8_linear(x, weight, grad_dtype=torch.float32)
+    with pytest.raises(KernelInputError, match=r"a bias \(4,\), found \(2, 1, 1\)"):
+        fp8_linear(x, weight, torch.zeros(2, 1, 1))
     with pytest.raises(BackendError, match="these tensors are on cpu"):
         fp8_linear(x, weight, backend="aten")
     with pytest.raises(BackendError, match=r"too coarse for torch\.float64"):

@@ -274,3 +274,22 @@ def test_tolerances_are_tight_enough_to_see_a_missing_row() -> None:
     with pytest.raises(AssertionError, match="values are off"):
         assert_close("y", grouped_mm(x, weight.mT, offs=offs), wrong.double(), torch.bfloat16)
     assert max(TOLERANCES.values()) < 0.1
+
+
+@pytest.mark.parametrize("frozen", ["mat_a", "mat_b"])
+def test_keeps_nothing_that_only_a_frozen_operand_needs(frozen: str) -> None:
+    operands = {"mat_a": torch.randn(4, 8), "mat_b": torch.randn(2, 8, 3)}
+    kept: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.data_ptr())
+        return tensor
+
+    for name, operand in operands.items():
+        operand.requires_grad_(name != frozen)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        grouped_mm(**operands, offs=torch.tensor([1, 4], dtype=torch.int32)).sum().backward()
+    # The gradient of one operand is made of the other.
+    assert operands[frozen].data_ptr() in kept
+    trained = next(each for name, each in operands.items() if name != frozen)
+    assert trained.data_ptr() not in kept

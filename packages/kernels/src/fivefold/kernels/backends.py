@@ -38,6 +38,11 @@ def chosen_unasked(backend: str, device: str) -> bool:
     return device in ("cuda", "meta") or backend not in ("triton", "cuda")
 
 
+def asked_everywhere() -> str | None:
+    """The backend that the environment asks for in all calls that name none."""
+    return os.environ.get("FIVEFOLD_BACKEND") or None
+
+
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter, by ``TRITON_INTERPRET=1`` from the start."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fivefold.kernels.backends import chosen_unasked
+from fivefold.kernels.backends import asked_everywhere, chosen_unasked
 from fivefold.kernels.errors import BackendError
 from fivefold.kernels.op import OPS, Op
 from fivefold.kernels.samples import Maker, OpSamples, load
@@ -52,6 +52,9 @@ def _why_not(op: Op, backend: str, inputs: Sequence[Any], device: str) -> str | 
     if backend == chosen:
         return None
     reason = op.refusal(backend, inputs)
+    everywhere = asked_everywhere()
+    if reason is None and everywhere:
+        return f"it can, and FIVEFOLD_BACKEND asks for {everywhere}"
     if reason is None and not chosen_unasked(backend, device):
         reason = "Triton's interpreter runs only where it is asked for by name"
     return reason or f"it can, and {chosen} comes first"

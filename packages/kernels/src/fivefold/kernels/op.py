@@ -7,7 +7,6 @@ shapes, for tracing. Beside it, ``reference.py``, ``aten.py``, ``cpu.py``, ``tri
 may also hold ``refuses(op_name, *inputs) -> str | None``, the reason why it cannot run a call.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fivefold.kernels.backends import chosen_unasked, missing
+from fivefold.kernels import derivatives
+from fivefold.kernels.backends import asked_everywhere, chosen_unasked, missing
+from fivefold.kernels.derivatives import Formula
 from fivefold.kernels.errors import BackendError
 from fivefold.kernels.launch import recording
-
-Formula = Callable[..., Any]
 
 _specifying: ContextVar[bool] = ContextVar("_specifying", default=False)
 
@@ -85,31 +84,31 @@ class Op:
         self.backends = backends
         self._folder = shapes.__module__.rpartition(".")[0]
         self._function: type[torch.autograd.Function] | None = None
+        self._functional = derivatives.functional(
+            self.name, self, lambda ctx, inputs, output: None, derivatives.none(self.qualified)
+        )
+        self._mutates = bool(mutates)
         run = update_wrapper(lambda *arguments: self._run(*arguments), shapes)
         self._registered = torch.library.custom_op(self.qualified, run, mutates_args=mutates)
         self._registered.register_fake(shapes)
         self.overload = getattr(getattr(torch.ops, namespace), self.name).default
         OPS[self.qualified] = self
 
-    def differentiate(self, save: Formula, backward: Formula) -> None:
+    def differentiate(self, save: Formula, backward: Formula, *, repeatedly: bool = False) -> None:
         """Give the op a gradient.
 
         Args:
             save: ``(ctx, inputs, output)``, keeps what the gradient needs.
             backward: ``(ctx, *gradients)``, one gradient or None for each input of the op,
                 ``backend`` included.
+            repeatedly: whether ``backward`` consists of what can itself be differentiated; the
+                default is that differentiating a gradient is an error.
         """
+        if not repeatedly:
+            backward = derivatives.once(self.qualified, backward)
         self._registered.register_autograd(backward, setup_context=save)
-
-        def forward(ctx: Any, *arguments: Any) -> Any:
-            # Not a setup_context of its own: torch then binds the arguments anew in every call,
-            # which takes longer than all the rest.
-            output = self._run(*arguments)
-            save(ctx, arguments, output)
-            return output
-
-        formulas = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        self._function = type(self.name, (torch.autograd.Function,), formulas)
+        self._function = derivatives.eager_function(self.name, self._run, save, backward)
+        self._functional = derivatives.functional(self.name, self, save, backward)
 
     @property
     def differentiable(self) -> bool:
@@ -122,6 +121,9 @@ class Op:
             return self.overload(*arguments)
         if _specifying.get():
             return self.implementation("reference")(*arguments[:-1])
+        derivatives.check_tangents(self.qualified, arguments)
+        if derivatives.in_transform():
+            return self._in_transform(arguments)
         # Past the dispatcher where it has nothing to do: 10 instead of 26 microseconds a call.
         if _dispatcher_needed(arguments):
             return self.overload(*arguments)
@@ -140,9 +142,11 @@ class Op:
         Raises:
             BackendError: the backend that was asked for cannot run this call.
         """
-        asked = asked or os.environ.get("FIVEFOLD_BACKEND")
         if asked:
             return self._insist(asked, inputs)
+        everywhere = asked_everywhere()
+        if everywhere:
+            return self._insist(everywhere, inputs, " by FIVEFOLD_BACKEND")
         device = _device(inputs)
         for backend in self.backends:
             if chosen_unasked(backend, device) and self.refusal(backend, inputs) is None:
@@ -165,10 +169,13 @@ class Op:
         """The function that a backend has for this op."""
         return _implementation(self._folder, backend, self.name)
 
-    def _insist(self, asked: str, inputs: Sequence[Any]) -> str:
+    def _in_transform(self, arguments: Sequence[Any]) -> Any:
+        return (self.overload if self._mutates else self._functional.apply)(*arguments)
+
+    def _insist(self, asked: str, inputs: Sequence[Any], by: str = "") -> str:
         reason = self.refusal(asked, inputs)
         if reason is not None:
-            raise BackendError(f"{self.qualified} was asked to run on {asked!r}: {reason}")
+            raise BackendError(f"{self.qualified} was asked{by} to run on {asked!r}: {reason}")
         return asked
 
     def _run(self, *arguments: Any) -> Any:
@@ -204,10 +211,8 @@ def _any_requires_grad(arguments: Sequence[Any]) -> bool:
 
 
 def _dispatcher_needed(arguments: Sequence[Any]) -> bool:
-    """Whether anyone looks at ops: a mode, a transform, a subclass of tensors."""
+    """Whether anyone looks at ops: a mode, a subclass of tensors."""
     if torch._C._len_torch_dispatch_stack():
-        return True
-    if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
     # A meta tensor has a shape and no values, unless the launches of its kernels are recorded.
     if recording() is None and next(_tensors(arguments)).is_meta:

@@ -61,7 +61,7 @@ def attention(
 
     Scores exist a tile at a time, and the bias is never spread over the dims it is broadcast to
     (FlashAttention-2, arXiv 2307.08691). A query that sees no key gets zeros and gives none of its
-    gradient to anything.
+    gradient to anything. Follows autocast like torch's, except for the bias.
 
     Args:
         query: (..., H, Tq, D), with any leading dims.

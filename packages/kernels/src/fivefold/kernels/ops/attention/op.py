@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fivefold.kernels.autocast import as_autocast
 from fivefold.kernels.op import define
 from fivefold.kernels.ops.attention.shapes import Leading, Options, check
 
@@ -101,7 +102,8 @@ def apply(
     scale: float | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """See ``attention``: check, fold the leading dims, run, unfold them."""
+    """See ``attention``: follow autocast, check, fold the leading dims, run, unfold them."""
+    query, key, value = as_autocast(query, key, value)
     check(query, key, value, bias, key_mask, options)
     leading = Leading(query.shape[:-3], bias)
     out, lse = attention_forward(

@@ -44,5 +44,4 @@ def fp8_linear(
     >>> fp8_linear(torch.tensor([[1.0, -0.3]]), torch.tensor([[0.5, 1.0]]))
     tensor([[0.2143]])
     """
-    result = op.apply(input, weight, grad_dtype, power_of_2_scale, backend)
-    return result if bias is None else result + bias.to(result.dtype)
+    return op.apply(input, weight, bias, grad_dtype, power_of_2_scale, backend)

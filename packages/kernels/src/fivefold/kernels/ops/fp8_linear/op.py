@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fivefold.kernels.derivatives import wants_gradient
 from fivefold.kernels.errors import KernelInputError
 from fivefold.kernels.op import define
 from fivefold.kernels.ops.fp8_quantize.op import DTYPES
@@ -80,28 +81,29 @@ fp8_linear_forward.differentiate(_save, _backward)
 def apply(
     input: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     grad_dtype: torch.dtype,
     power_of_2: bool,
     backend: str | None,
 ) -> Tensor:
-    """See ``fp8_linear``: check, make rows, run, restore the shape. Without bias."""
-    check(input, weight, grad_dtype)
+    """See ``fp8_linear``: check, make rows, run, restore the shape, add the bias."""
+    check(input, weight, bias, grad_dtype)
     leading, inner = input.shape[:-1], input.shape[-1]
-    grad = torch.is_grad_enabled()
     y, *_ = fp8_linear_forward(
         input.reshape(leading.numel(), inner),
         weight,
         grad_dtype,
         power_of_2,
-        grad and weight.requires_grad,
-        grad and input.requires_grad,
+        wants_gradient(weight),
+        wants_gradient(input),
         backend,
     )
-    return y.reshape(*leading, weight.shape[0])
+    y = y.reshape(*leading, weight.shape[0])
+    return y if bias is None else y + bias.to(y.dtype)
 
 
-def check(input: Tensor, weight: Tensor, grad_dtype: torch.dtype) -> None:
-    """Raise ``KernelInputError`` unless input and weight fit together."""
+def check(input: Tensor, weight: Tensor, bias: Tensor | None, grad_dtype: torch.dtype) -> None:
+    """Raise ``KernelInputError`` unless input, weight and bias fit together."""
     fits = input.dim() >= 1 and weight.dim() == 2 and input.shape[-1] == weight.shape[1]
     floating = input.is_floating_point() and input.dtype.itemsize > 1
     if not fits or not floating or input.dtype != weight.dtype:
@@ -109,6 +111,10 @@ def check(input: Tensor, weight: Tensor, grad_dtype: torch.dtype) -> None:
             "fp8_linear takes input (..., K) and weight (N, K) of one floating-point dtype that "
             f"is wider than float8; found {tuple(input.shape)} {input.dtype} and "
             f"{tuple(weight.shape)} {weight.dtype}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise KernelInputError(
+            f"fp8_linear takes a bias ({weight.shape[0]},), found {tuple(bias.shape)}"
         )
     if grad_dtype not in DTYPES:
         raise KernelInputError(

@@ -30,7 +30,7 @@ def grouped_mm(
       zero.
 
     Both operands get gradients, by the same ops and so to any order; a row of no group gets zero,
-    a matrix of an empty group too, also where T is 0.
+    a matrix of an empty group too, also where T is 0. Follows autocast like a linear layer.
 
     Args:
         mat_a: the left operand.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fivefold.kernels.autocast import as_autocast
 from fivefold.kernels.op import define
 from fivefold.kernels.ops.grouped_mm.check import check
 
@@ -49,12 +50,15 @@ def grouped_mm_scaled(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     mat_a, mat_b, offs, _, ctx.backend = inputs
-    ctx.save_for_backward(mat_a, mat_b, offs)
+    ctx.dtype = mat_a.dtype
+    # What only the gradient of a frozen operand would need is not kept.
+    wants_a, wants_b = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(mat_a if wants_b else None, mat_b if wants_a else None, offs)
 
 
 def _mm_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     mat_a, mat_b, offs = ctx.saved_tensors
-    dy, dtype = dy.to(mat_a.dtype), mat_a.dtype
+    dy, dtype = dy.to(ctx.dtype), ctx.dtype
     da = db = None
     if ctx.needs_input_grad[0]:
         da = grouped_mm(dy, mat_b.mT, offs, dtype, ctx.backend)
@@ -65,7 +69,7 @@ def _mm_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 def _outer_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     mat_a, mat_b, offs = ctx.saved_tensors
-    dy, dtype = dy.to(mat_a.dtype), mat_a.dtype
+    dy, dtype = dy.to(ctx.dtype), ctx.dtype
     da = db = None
     if ctx.needs_input_grad[0]:
         da = grouped_mm(mat_b, dy.mT, offs, dtype, ctx.backend).mT
@@ -74,8 +78,8 @@ def _outer_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return da, db, None, None, None
 
 
-grouped_mm.differentiate(_save, _mm_backward)
-grouped_outer.differentiate(_save, _outer_backward)
+grouped_mm.differentiate(_save, _mm_backward, repeatedly=True)
+grouped_outer.differentiate(_save, _outer_backward, repeatedly=True)
 
 
 def apply(
@@ -87,7 +91,8 @@ def apply(
     scale_b: Tensor | None,
     backend: str | None,
 ) -> Tensor:
-    """See ``grouped_mm``: check, choose the form, run."""
+    """See ``grouped_mm``: follow autocast, check, choose the form, run."""
+    mat_a, mat_b = as_autocast(mat_a, mat_b)
     check(mat_a, mat_b, offs, out_dtype, scale_a, scale_b)
     offs = offs.contiguous()
     if out_dtype is None:

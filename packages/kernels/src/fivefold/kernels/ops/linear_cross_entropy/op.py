@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fivefold.kernels.autocast import as_autocast
+from fivefold.kernels.derivatives import wants_gradient
 from fivefold.kernels.errors import KernelInputError
 from fivefold.kernels.op import define
 from fivefold.kernels.ops.cross_entropy.op import Options, check, divisor
@@ -126,7 +128,7 @@ def apply(
     """See ``linear_cross_entropy``: check, make rows, run, reduce."""
     check_linear(input, linear_weight, linear_bias, target)
     check("linear_cross_entropy", target, weight, linear_weight.shape[0], options)
-    x, *linear = _autocast(input, linear_weight, linear_bias)
+    x, *linear = as_autocast(input, linear_weight, linear_bias)
     target_n = target.reshape(-1)
     arguments = (
         x.reshape(target_n.shape[0], x.shape[-1]),
@@ -139,7 +141,7 @@ def apply(
     )
     if options.reduction == "none":
         return linear_cross_entropy_tokens(*arguments, backend)[0].reshape(target.shape)
-    needed = [_needs_gradient(each) for each in arguments[:3]]
+    needed = [wants_gradient(each) for each in (arguments[0], *linear)]
     if any(needed):
         total = linear_cross_entropy_sum(*arguments, needed, backend)[0]
     else:
@@ -175,27 +177,12 @@ def check_linear(
             f"{tuple(linear_bias.shape)}"
         )
     tensors = [each for each in (input, linear_weight, linear_bias) if each is not None]
-    dtypes = {each.dtype for each in _autocast(*tensors)}
+    dtypes = {each.dtype for each in as_autocast(*tensors)}
     if len(dtypes) > 1 or not input.is_floating_point():
         raise KernelInputError(
             "linear_cross_entropy takes input, linear_weight and linear_bias of one floating-point "
             f"dtype, found {', '.join(str(each.dtype) for each in tensors)}"
         )
-
-
-def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """In the dtype that autocast wants for a linear layer; it knows nothing of this op."""
-    device = next(each.device.type for each in tensors if each is not None)
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        each if each is None or each.dtype == torch.float64 else each.to(dtype) for each in tensors
-    )
-
-
-def _needs_gradient(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled()
 
 
 def _empty_gradients(

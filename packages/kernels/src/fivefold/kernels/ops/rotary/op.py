@@ -45,7 +45,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, None, None, None, None, None, None
 
 
-rotary.differentiate(_save, _backward)
+rotary.differentiate(_save, _backward, repeatedly=True)
 
 
 def apply(
