@@ -88,8 +88,9 @@ class Op:
             self.name, self, lambda ctx, inputs, output: None, derivatives.none(self.qualified)
         )
         self._mutates = bool(mutates)
-        run = update_wrapper(lambda *arguments: self._run(*arguments), shapes)
-        self._registered = torch.library.custom_op(self.qualified, run, mutates_args=mutates)
+        # By name, so that those who watch calls may put something else in its place.
+        self._runs = update_wrapper(lambda *arguments: self._run(*arguments), shapes)
+        self._registered = torch.library.custom_op(self.qualified, self._runs, mutates_args=mutates)
         self._registered.register_fake(shapes)
         self.overload = getattr(getattr(torch.ops, namespace), self.name).default
         OPS[self.qualified] = self
@@ -107,7 +108,7 @@ class Op:
         if not repeatedly:
             backward = derivatives.once(self.qualified, backward)
         self._registered.register_autograd(backward, setup_context=save)
-        self._function = derivatives.eager_function(self.name, self._run, save, backward)
+        self._function = derivatives.eager_function(self.name, self._runs, save, backward)
         self._functional = derivatives.functional(self.name, self, save, backward)
 
     @property
