@@ -1,0 +1,1 @@
+"""Ops of this package, registered, tested and measured as those of fivefold.kernels."""

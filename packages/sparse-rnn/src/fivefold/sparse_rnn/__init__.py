@@ -1,0 +1,1 @@
+"""Sparse recurrent layers that keep their nonzeros on chip (arXiv 1804.10223)."""
