@@ -32,12 +32,17 @@ EVERY_PACKAGE = nox.parametrize("package", [nox.param(name, id=name) for name in
 @nox.session(default=False)
 def dev(session: nox.Session) -> None:
     """Make or update .nox/dev: all packages, editable, with what their tests need."""
+    tests = set(chain.from_iterable(test_requirements(folder) for folder in FOLDERS.values()))
+    ours = {text: Requirement(text) for text in tests if text.startswith("fivefold-")}
     packages = []
     for folder in FOLDERS.values():
-        has_train = "train" in load_project(folder).get("optional-dependencies", {})
-        packages += ["-e", f"{folder}[train]" if has_train else str(folder)]
-    tests = chain.from_iterable(test_requirements(folder) for folder in FOLDERS.values())
-    session.install(*CONSTRAINTS, *packages, *sorted(set(tests)), "mypy>=1.18")
+        project = load_project(folder)
+        # What tests ask of a package of the workspace is asked of its folder: pip would look for
+        # the name elsewhere.
+        extras = {"train"} & project.get("optional-dependencies", {}).keys()
+        extras |= {e for r in ours.values() if r.name == project["name"] for e in r.extras}
+        packages += ["-e", f"{folder}[{','.join(sorted(extras))}]" if extras else str(folder)]
+    session.install(*CONSTRAINTS, *packages, *sorted(tests - ours.keys()), "mypy>=1.18")
 
 
 @nox.session(requires=["dev"], venv_backend="none", default=False)
