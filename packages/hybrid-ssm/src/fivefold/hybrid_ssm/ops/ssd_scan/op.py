@@ -1,0 +1,176 @@
+"""``ssd_scan`` as registered ops: shapes for tracing, gradients, checks.
+
+Legend: B batch, S tokens, H heads, P values in a head, G groups, N values of state.
+"""
+
+# ruff: noqa: N803 - the paper's names A, B, C and D
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fivefold.hybrid_ssm.errors import HybridInputError
+from fivefold.hybrid_ssm.ops.checks import check_ids, check_limits, check_shapes
+from fivefold.hybrid_ssm.ops.documents import count_documents
+from fivefold.kernels.op import define
+
+BACKENDS = ("reference",)
+
+
+@define("fivefold_hybrid_ssm", backends=BACKENDS)
+def ssd_scan_forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    documents: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    chunk_size: int,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """See ``ssd_scan``: the result (B, S, H, P) and the final state (B, H, P, N).
+
+    ``documents`` (B, S) int32 counts the documents of each sequence from 0. ``chunk_size`` 0 leaves
+    the choice to the backend.
+    """
+    batch, _, num_heads, head_dim = x.shape
+    return (
+        x.new_empty(x.shape),
+        x.new_empty((batch, num_heads, head_dim, B.shape[3]), dtype=wide(x.dtype)),
+    )
+
+
+@define("fivefold_hybrid_ssm", backends=BACKENDS)
+def ssd_scan_backward(
+    dy: Tensor,
+    dfinal_state: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    documents: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    chunk_size: int,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of ``x`` to ``initial_state``, empty (0,) where absent."""
+    return (
+        x.new_empty(x.shape),
+        dt.new_empty(dt.shape),
+        A.new_empty(A.shape),
+        B.new_empty(B.shape),
+        C.new_empty(C.shape),
+        _like(D, x),
+        _like(dt_bias, x),
+        _like(initial_state, x),
+    )
+
+
+def _like(option: Tensor | None, x: Tensor) -> Tensor:
+    return x.new_empty(0) if option is None else option.new_empty(option.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:9])
+    ctx.options = inputs[9:]
+    ctx.num_inputs = len(inputs)
+
+
+def _backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None) -> Any:
+    tensors = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(tensors[0])
+    gradients = ssd_scan_backward(dy, dfinal_state, *tensors, *ctx.options)
+    optional = zip(gradients[5:], tensors[5:8], strict=True)
+    found = (*gradients[:5], *(g if x is not None else None for g, x in optional))
+    return found + (None,) * (ctx.num_inputs - len(found))
+
+
+ssd_scan_forward.differentiate(_save, _backward)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def apply(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    initial_state: Tensor | None,
+    seq_ids: Tensor | None,
+    chunk_size: int | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """See ``ssd_scan``: check and run; ``z`` is only looked at."""
+    check(x, dt, A, B, C, D, z, dt_bias, dt_limit, initial_state, seq_ids, chunk_size)
+    documents = None if seq_ids is None else count_documents(seq_ids)
+    tensors = (x, dt, A, B, C, D, dt_bias, initial_state, documents)
+    options = (dt_softplus, float(dt_limit[0]), float(dt_limit[1]), chunk_size or 0)
+    return ssd_scan_forward(*tensors, *options, backend)
+
+
+def check(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_limit: tuple[float, float],
+    initial_state: Tensor | None,
+    seq_ids: Tensor | None,
+    chunk_size: int | None,
+) -> None:
+    """Raise ``HybridInputError`` unless the inputs fit together."""
+    if x.dim() != 4 or not x.is_floating_point():
+        raise HybridInputError(
+            f"ssd_scan takes floating-point x (batch, tokens, heads, head_dim), found {x.dtype} "
+            f"of shape {tuple(x.shape)}"
+        )
+    batch, num_tokens, num_heads, head_dim = x.shape
+    if B.dim() != 4 or B.shape[:2] != x.shape[:2] or B.shape[2] < 1 or num_heads % B.shape[2]:
+        raise HybridInputError(
+            f"ssd_scan of x {tuple(x.shape)} takes B of shape ({batch}, {num_tokens}, groups, "
+            f"state) whose groups divide the {num_heads} heads, found {tuple(B.shape)}"
+        )
+    tokens, heads = (batch, num_tokens), (num_heads,)
+    wanted = (
+        ("dt", dt, (*tokens, num_heads)),
+        ("A", A, heads),
+        ("C", C, tuple(B.shape)),
+        ("D", D, heads),
+        ("z", z, tuple(x.shape)),
+        ("dt_bias", dt_bias, heads),
+        ("initial_state", initial_state, (batch, num_heads, head_dim, B.shape[3])),
+        ("seq_ids", seq_ids, tokens),
+    )
+    check_shapes("ssd_scan", x, wanted)
+    check_limits("ssd_scan", dt_limit)
+    check_ids("ssd_scan", seq_ids)
+    if chunk_size is not None and chunk_size < 1:
+        raise HybridInputError(f"ssd_scan takes a chunk_size of at least 1, found {chunk_size}")
