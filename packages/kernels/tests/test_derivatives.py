@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
+from torch.utils.checkpoint import checkpoint
 
 from fivefold.kernels import (
     KernelInputError,
@@ -63,6 +64,34 @@ def test_a_gradient_of_a_gradient_that_is_not_there_is_an_error(
 
 
 @pytest.mark.parametrize("name", ONCE)
+def test_so_it_is_where_only_one_input_is_asked_for(name: str) -> None:
+    # Autograd walks no further than to what it was asked for: there must be a way through the op.
+    x = _x()
+    (slope,) = torch.autograd.grad(ONCE[name](x).sum(), x, create_graph=True)
+    with pytest.raises(KernelInputError, match="has a gradient, and its gradient has none"):
+        torch.autograd.grad(x.sum() + slope.square().sum(), x)
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_so_it_is_for_torch_func(name: str) -> None:
+    def penalised(x: Tensor) -> Tensor:
+        return x.sum() + grad(lambda x: ONCE[name](x).sum())(x).square().sum()
+
+    with pytest.raises(KernelInputError, match="has a gradient, and its gradient has none"):
+        grad(penalised)(_x().detach())
+
+
+@each_op
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_what_is_saved_is_unpacked_once(name: str, create_graph: bool) -> None:
+    x = _x()
+    loss = checkpoint(ALL[name], x, use_reentrant=False).square().sum()
+    (found,) = torch.autograd.grad(loss, x, create_graph=create_graph)
+    (expected,) = torch.autograd.grad(ALL[name](x).square().sum(), x)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ONCE)
 def test_a_gradient_with_a_graph_is_the_same(name: str) -> None:
     x = _x()
     loss = ONCE[name](x).square().sum()
@@ -76,6 +105,8 @@ def test_what_is_made_of_ops_with_gradients_has_them_to_any_order(name: str) -> 
     assert torch.autograd.gradgradcheck(REPEATEDLY[name], (_x(),))
 
 
+# torch compiles formulas of its own for tangents, in a way that it calls outdated itself.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is:DeprecationWarning")
 @each_op
 def test_a_tangent_is_an_error(name: str) -> None:
     x = _x().detach()

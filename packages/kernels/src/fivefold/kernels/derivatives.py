@@ -61,18 +61,27 @@ def once(name: str, backward: Formula) -> Formula:
     """A formula whose results may be in a graph, where differentiating them is an error."""
 
     def formula(ctx: Any, *gradients: Tensor | None) -> Any:
-        graph_wanted = torch.is_grad_enabled()
+        if not torch.is_grad_enabled():
+            return backward(ctx, *gradients)
+        ctx = _Unpacked(ctx)
         with torch.no_grad():
             found = backward(ctx, *gradients)
-        if not graph_wanted:
-            return found
         # All that the gradients depend on, and one leaf, in case that autograd knows of nothing.
-        parents = [*gradients, *ctx.saved_tensors]
+        parents = [*gradients, *ctx.saved_tensors, getattr(ctx, "sources", None)]
         if not in_transform():
             parents.append(torch.zeros((), requires_grad=True))
         return tuple(x if x is None else _Last.apply(name, x, *parents) for x in found)
 
     return formula
+
+
+def keep_sources(ctx: Any, *sources: Tensor | None) -> None:
+    """Let autograd find the inputs that a gradient depends on where none of them is saved.
+
+    For a ``save`` that keeps what it made of the inputs; their values are not kept.
+    """
+    with torch.enable_grad():
+        ctx.sources = _Sources.apply(*sources)
 
 
 def none(name: str) -> Formula:
@@ -82,6 +91,31 @@ def none(name: str) -> Formula:
         raise KernelInputError(f"{name} has no gradient")
 
     return formula
+
+
+class _Unpacked:
+    """A ctx whose saved tensors are unpacked once: checkpointing allows it no second time."""
+
+    def __init__(self, ctx: Any):
+        self._ctx = ctx
+        self.saved_tensors: tuple[Tensor | None, ...] = ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
+class _Sources(torch.autograd.Function):
+    """A tensor of no values in whose graph others are; ``_Last`` ends a walk before it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*sources: Tensor | None) -> Tensor:
+        return next(x for x in sources if x is not None).new_empty(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keeps nothing."""
 
 
 class _Last(torch.autograd.Function):

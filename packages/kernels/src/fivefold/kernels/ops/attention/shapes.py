@@ -132,8 +132,9 @@ def _check_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def _check_broadcast(name: str, x: Tensor, target: tuple[int, ...]) -> None:
+    # Not `in`: torch.compile takes a number for no member where the members are symbols.
     fits = x.dim() <= len(target) and all(
-        size in (1, wanted)
+        size == 1 or size == wanted
         for size, wanted in zip(reversed(x.shape), reversed(target), strict=False)
     )
     if not fits:

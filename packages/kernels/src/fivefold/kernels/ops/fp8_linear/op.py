@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fivefold.kernels.derivatives import wants_gradient
+from fivefold.kernels.derivatives import keep_sources, wants_gradient
 from fivefold.kernels.errors import KernelInputError
 from fivefold.kernels.op import define
 from fivefold.kernels.ops.fp8_quantize.op import DTYPES
@@ -65,6 +65,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.grad_dtype, ctx.power_of_2, ctx.backend = inputs[2], inputs[3], inputs[6]
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
+    keep_sources(ctx, *inputs[:2])
 
 
 def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:

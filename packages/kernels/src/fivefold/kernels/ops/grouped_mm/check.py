@@ -71,8 +71,8 @@ def _check_shapes(mat_a: Tensor, mat_b: Tensor, offs: Tensor) -> None:
 
 def _check_scales(mat_a: Tensor, mat_b: Tensor, scale_a: Tensor, scale_b: Tensor) -> None:
     fits = mat_a.dim() == 2 and mat_b.dim() == 3
-    fits = fits and scale_a.numel() in (1, mat_a.shape[0]) and scale_a.dim() <= 1
-    if not fits or scale_b.numel() not in (1, mat_b.shape[0]) or scale_b.dim() > 1:
+    fits = fits and _one_or(mat_a.shape[0], scale_a) and scale_a.dim() <= 1
+    if not fits or not _one_or(mat_b.shape[0], scale_b) or scale_b.dim() > 1:
         raise KernelInputError(
             "grouped_mm takes scales for (T, K) x (E, K, N), one number or (T,) and one number or "
             f"(E,); found {tuple(mat_a.shape)} x {tuple(mat_b.shape)} with scale_a "
@@ -82,3 +82,8 @@ def _check_scales(mat_a: Tensor, mat_b: Tensor, scale_a: Tensor, scale_b: Tensor
 
 def _named(scale: Tensor | None) -> str:
     return "none" if scale is None else f"a scale of shape {tuple(scale.shape)}"
+
+
+def _one_or(count: int, scale: Tensor) -> bool:
+    # Not `in`: torch.compile takes a number for no member where the members are symbols.
+    return scale.numel() == 1 or scale.numel() == count

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fivefold.kernels.autocast import as_autocast
-from fivefold.kernels.derivatives import wants_gradient
+from fivefold.kernels.derivatives import keep_sources, wants_gradient
 from fivefold.kernels.errors import KernelInputError
 from fivefold.kernels.op import define
 from fivefold.kernels.ops.cross_entropy.op import Options, check, divisor
@@ -92,10 +92,9 @@ def _save_tokens(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 def _backward_tokens(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     needed = list(ctx.needs_input_grad[:3])
-    found = linear_cross_entropy_backward(
-        dloss, *ctx.saved_tensors, *ctx.options, needed, ctx.backend
-    )
-    dtype = ctx.saved_tensors[0].dtype
+    saved = ctx.saved_tensors
+    found = linear_cross_entropy_backward(dloss, *saved, *ctx.options, needed, ctx.backend)
+    dtype = saved[0].dtype
     gradients = [each.to(dtype) if n else None for each, n in zip(found, needed, strict=True)]
     return *gradients, None, None, None, None, None, None
 
@@ -104,6 +103,7 @@ def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
     ctx.needed, ctx.backend = inputs[-2:]
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
+    keep_sources(ctx, *inputs[:3])
 
 
 def _backward_sum(ctx: Any, dtotal: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:

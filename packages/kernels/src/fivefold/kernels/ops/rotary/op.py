@@ -81,7 +81,9 @@ def check(x: Tensor, cos: Tensor, sin: Tensor, heads_first: bool) -> None:
         )
     num_tokens, largest = x.shape[-2 if heads_first else -3], x.shape[-1] // 2
     legal = ((num_tokens,), (*x.shape[:-3], num_tokens))
-    if cos.dim() < 2 or tuple(cos.shape[:-1]) not in legal or cos.shape[-1] > largest:
+    # Not `in`: torch.compile takes a number for no member where the members are symbols.
+    fits = tuple(cos.shape[:-1]) == legal[0] or tuple(cos.shape[:-1]) == legal[1]
+    if cos.dim() < 2 or not fits or cos.shape[-1] > largest:
         raise KernelInputError(
             f"rotary of x {tuple(x.shape)}, which is {layout}, takes cos of shape "
             f"{' or '.join(f'{dims} with R/2 up to {largest}' for dims in _shown(legal))}, found "
