@@ -11,10 +11,10 @@ class Imagined(Topology):
 
     def __init__(self, layout: Layout, rank: int):
         self.layout, self.world_rank, self.device = layout, rank, torch.device("cpu")
-        self._axes = {}
-        for name in AXES:
-            ranks = layout.group_of(name, rank)
-            self._axes[name] = Axis(name, len(ranks), ranks.index(rank), ranks)
+        self._axes = {name: self._make_axis(name) for name in AXES}
+
+    def _axis_over(self, name: str, ranks: tuple[int, ...]) -> Axis:
+        return Axis(name, len(ranks), ranks.index(self.world_rank), ranks)
 
 
 def imagined(world_size: int, **degrees: int) -> list[Imagined]:

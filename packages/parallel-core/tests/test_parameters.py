@@ -70,6 +70,7 @@ def test_the_table_reads_as_a_mapping() -> None:
     [
         (Placement(shape=(4,)), ("tp",)),
         (Placement(shape=(4,), sharded=((0, "tp"),)), ()),
+        (Placement(shape=(4,), sharded=((0, "tp//2"),)), ("tp%2",)),
         (Placement(shape=(4,), data="edp"), ("ep", "etp")),
         (Placement(shape=(4, 4), sharded=((1, "ep"),), data="edp"), ("etp",)),
     ],
@@ -159,7 +160,7 @@ IMAGINED = [
 def test_pieces_of_the_model_axes_tile_and_start_as_the_whole_model(
     degrees: dict[str, int],
 ) -> None:
-    config = resized(CONFIG, num_layers=1)
+    config = resized(CONFIG, num_layers=1, num_key_heads=2)
     wholes = whole_values(config)
     ranks = imagined(8, **degrees)
     pieces = []

@@ -1,4 +1,7 @@
-"""Every pipeline schedule trains as one process, with mixtures, side losses and recomputation."""
+"""Every pipeline schedule trains as one process, with mixtures, side losses and recomputation.
+
+Also where the output layer is the embedding, whose two stages are two ranks or one.
+"""
 
 import pytest
 import torch
@@ -11,23 +14,20 @@ from fivefold.parallel_core.pipeline import PipelineRunner
 from fivefold.parallel_core.pipeline_config import SCHEDULES, V_SHAPED, PipelineConfig
 
 from .rig import DOUBLE, Case, make_job, parallel_run, plain_run, worst
-from .toy import ToyConfig
+from .toy import ToyConfig, resized
 
 TOLERANCE = 1e-12
 CONFIG = ToyConfig(num_layers=5, num_experts=4)
+TIED = resized(CONFIG, tied=True, num_key_heads=1)
 
 
 def cases(schedule: str) -> list[Case]:
     stages = 1 if schedule in ("GPipe", "1F1B") else 2
-    common = {
-        "config": CONFIG,
-        "schedule": schedule,
-        "stages_per_rank": stages,
-        "precision": DOUBLE,
-    }
+    common = {"schedule": schedule, "stages_per_rank": stages, "precision": DOUBLE}
     return [
-        Case(degrees={"tp": 2, "pp": 2, "ep": 2}, microbatch_size=1, **common),
-        Case(degrees={"cp": 2, "pp": 2, "ep": 4}, microbatch_size=1, **common),
+        Case(degrees={"tp": 2, "pp": 2, "ep": 2}, config=CONFIG, **common),
+        Case(degrees={"cp": 2, "pp": 2, "ep": 4}, config=CONFIG, **common),
+        Case(degrees={"tp": 2, "pp": 2, "ep": 2}, config=TIED, **common),
     ]
 
 
@@ -45,11 +45,11 @@ def recomputing(schedule: str, regions: str, budget: int | None) -> Case:
 
 
 def on_a_rank(schedule: str) -> list[tuple[float, str]]:
-    reference = plain_run(CONFIG)
+    references = {config: plain_run(config) for config in (CONFIG, TIED)}
     found = []
     for case in cases(schedule):
         job = make_job(case)
-        found.append(worst(job, parallel_run(job), reference))
+        found.append(worst(job, parallel_run(job), references[case.config]))
     return found
 
 

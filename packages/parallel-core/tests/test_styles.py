@@ -63,6 +63,44 @@ def test_a_group_keeps_the_names_of_its_linears() -> None:
     assert set(table) == {"m.q.weight", "m.k.weight"}
 
 
+@pytest.mark.parametrize(
+    ("heads", "rows", "placement"),
+    [
+        (8, [[0, 1], [2, 3], [4, 5], [6, 7]], Placement(shape=(8, 3), sharded=((0, "tp"),))),
+        (
+            2,
+            [[0, 1, 2, 3], [0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7]],
+            Placement(shape=(8, 3), sharded=((0, "tp//2"),), partial=("tp%2",)),
+        ),
+        (1, [list(range(8))] * 4, Placement(shape=(8, 3), partial=("tp",))),
+    ],
+)
+def test_fewer_heads_than_ranks_are_held_by_neighbours(
+    heads: int, rows: list[list[int]], placement: Placement
+) -> None:
+    counted = []
+    for rank in range(4):
+        group = LinearGroup({"q": nn.Linear(3, 8), "k": nn.Linear(3, 8)})
+        weight = group.k.weight.detach()
+        module, table = applied(ColumnParallel(heads={"k": heads}), group, rank, tp=4)
+        assert torch.equal(module.get_parameter("k.weight"), weight[rows[rank]])
+        assert table["m.k.weight"] == placement
+        assert table["m.q.weight"] == Placement(shape=(8, 3), sharded=((0, "tp"),))
+        holder = nn.Module()
+        holder.m = module
+        piece = {piece.name: piece for piece in table.pieces(holder)}["m.k.weight"]
+        assert piece.box == Box((rows[rank][0], 0), (len(rows[rank]), 3))
+        counted.append(piece.counted)
+    copies = max(4 // heads, 1)
+    assert counted == [rank % copies == 0 for rank in range(4)]
+
+
+def test_heads_and_ranks_of_which_neither_divides_the_other_are_refused() -> None:
+    message = r"m of 3 heads cannot be split over tp of 2 ranks; .* divisor or a multiple of 3"
+    with pytest.raises(ConfigError, match=message):
+        applied(ColumnParallel(heads={"": 3}), nn.Linear(3, 6), tp=2)
+
+
 @pytest.mark.parametrize("sequence", [True, False])
 def test_row_parallel_cuts_the_columns_and_keeps_the_bias(sequence: bool) -> None:
     module, table = applied(RowParallel(sequence), nn.Linear(8, 3), tp=4)

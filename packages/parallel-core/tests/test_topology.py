@@ -10,6 +10,8 @@ from fivefold.parallel_core.launcher import launch
 from fivefold.parallel_core.layout import Layout, LayoutError
 from fivefold.parallel_core.topology import AXES, Topology
 
+from .imagined import imagined
+
 DEGREES = [
     {},
     {"tp": 2, "cp": 2, "pp": 2},
@@ -125,6 +127,46 @@ def test_both_views_share_the_pipeline_and_folded_axes(job: list[list[Seen]]) ->
 
 def test_all_ranks_use_the_group_of_the_world(job: list[list[Seen]]) -> None:
     assert job[DEGREES.index({"ep": 8})][0].num_new_groups == 1
+
+
+@pytest.mark.parametrize("tp", [4, 2])
+def test_factors_of_an_axis_are_neighbours_and_those_at_their_place(tp: int) -> None:
+    for topology in imagined(8, tp=tp):
+        whole = topology.axis("tp")
+        neighbours, others = topology.axis("tp%2"), topology.axis("tp//2")
+        assert (neighbours.size, others.size) == (2, tp // 2)
+        assert neighbours.ranks == whole.ranks[whole.rank // 2 * 2 :][:2]
+        assert others.ranks == whole.ranks[whole.rank % 2 :: 2]
+        assert others.rank * 2 + neighbours.rank == whole.rank
+
+
+def test_the_ends_of_a_pipeline() -> None:
+    axes = [topology.axis("pp-ends") for topology in imagined(8, pp=4)]
+    assert [axis.size for axis in axes] == [2, 2, 1, 1, 1, 1, 2, 2]
+    assert [axes[rank].ranks for rank in (0, 1, 6, 7)] == [(0, 6), (1, 7)] * 2
+    assert all(topology.axis("pp-ends").size == 1 for topology in imagined(2))
+
+
+def meet_on_parts() -> list[float]:
+    topology = Topology(Layout(8, tp=4, pp=2))
+    sums = []
+    for name in ("tp%2", "tp//2", "pp-ends"):
+        total = torch.tensor([float(topology.world_rank)])
+        dist.all_reduce(total, group=topology.group(name))
+        sums.append(total.item())
+    assert topology.group("pp-ends") is topology.group("pp"), "equal members, one group"
+    return sums
+
+
+def test_parts_of_axes_have_groups_that_really_meet() -> None:
+    for rank, sums in enumerate(launch(meet_on_parts, 8, timeout=300)):
+        pair = rank // 2 * 2
+        assert sums == [2 * pair + 1, 2 * (rank // 4 * 4 + rank % 2) + 2, 2 * (rank % 4) + 4]
+
+
+def test_a_factor_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(LayoutError, match=r"axis 'tp%3': tp has 4 ranks; ask for a divisor"):
+        imagined(4, tp=4)[0].axis("tp%3")
 
 
 def test_a_job_of_another_size_is_refused_with_both_numbers() -> None:

@@ -41,6 +41,7 @@ class ToyConfig:
     hidden_size: int = 12
     num_layers: int = 2
     num_heads: int = 4
+    num_key_heads: int = 4
     width: int = 8
     num_experts: int = 0
     bias: bool = True
@@ -58,6 +59,7 @@ class Core(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, query_start: int | None = None) -> Tensor:
         first = k.shape[1] - q.shape[1] if query_start is None else query_start
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
         scores = torch.einsum("bshd,bthd->bhst", q, k) / q.shape[-1] ** 0.5
         queries = first + torch.arange(q.shape[1])
         ahead = torch.arange(k.shape[1]) > queries.unsqueeze(1)
@@ -69,8 +71,9 @@ class Attention(nn.Module):
         super().__init__()
         hidden, bias = config.hidden_size, config.bias
         self.head_dim = hidden // config.num_heads
-        names = ("q_proj", "k_proj", "v_proj")
-        self.qkv = LinearGroup({name: nn.Linear(hidden, hidden, bias=bias) for name in names})
+        keys = config.num_key_heads * self.head_dim
+        widths = {"q_proj": hidden, "k_proj": keys, "v_proj": keys}
+        self.qkv = LinearGroup({n: nn.Linear(hidden, w, bias=bias) for n, w in widths.items()})
         self.core = Core()
         self.o_proj = nn.Linear(hidden, hidden, bias=bias)
 
@@ -177,7 +180,7 @@ class Toy(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        if self.config.tied:
+        if self.config.tied and self.embed_tokens is not None and self.lm_head is not None:
             self.lm_head.weight = self.embed_tokens.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -199,11 +202,12 @@ def rule(name: str) -> tuple[str, float]:
 
 def plan(config: ToyConfig, *, sequence: bool = True) -> dict[str, Style]:
     """The whole plan; entries may be replaced, to see what they are good for."""
+    key_heads = {"k_proj": config.num_key_heads, "v_proj": config.num_key_heads}
     styles: dict[str, Style] = {
         "embed_tokens": VocabParallel(sequence),
         "positions": ContextPositions(),
         "layers.*.attention_norm": Replicate(sequence),
-        "layers.*.attention.qkv": ColumnParallel(sequence),
+        "layers.*.attention.qkv": ColumnParallel(sequence, heads=key_heads),
         "layers.*.attention.core": SplitContext(),
         "layers.*.attention.o_proj": RowParallel(sequence),
         "layers.*.mlp_norm": Replicate(sequence),

@@ -6,8 +6,9 @@ nothing else, so a parameter cannot be sharded in one of them and replicated in 
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from fivefold.parallel_core.box import Box
 from fivefold.parallel_core.errors import ConfigError
-from fivefold.parallel_core.topology import Topology
+from fivefold.parallel_core.topology import PP_ENDS, Axis, Topology
 
 # Axes of each view that are not data axes: a parameter is either sharded or replicated over them.
 _MODEL_AXES = {"dp-cp": ("tp",), "edp": ("ep", "etp")}
@@ -32,7 +33,8 @@ class Placement:
 
     Attributes:
         shape: of the whole parameter, without padding.
-        sharded: (dim, axis) of every sharded dim.
+        sharded: (dim, axis) of every sharded dim. An axis may be a factor such as "tp//2", where
+            pairs of neighbours along "tp" hold equal pieces (see ``Topology.axis``).
         partial: axes over which backward leaves a part of the gradient on each rank, besides the
             data axes. A norm's weight under sequence parallelism is partial over "tp".
         data: the axes whose ranks see other data for the same values: "dp-cp" in the attention
@@ -45,9 +47,10 @@ class Placement:
     data: str = "dp-cp"
 
     def replicated(self) -> tuple[str, ...]:
-        """Axes of the view whose ranks all hold the same values."""
-        taken = {axis for _, axis in self.sharded}
-        return tuple(axis for axis in _MODEL_AXES[self.data] if axis not in taken)
+        """Axes of the view, or factors of them, whose ranks all hold the same values."""
+        taken = {axis.partition("//")[0]: axis for _, axis in self.sharded}
+        rests = (taken.get(axis, "").replace("//", "%") or axis for axis in _MODEL_AXES[self.data])
+        return tuple(rest for rest in rests if rest not in taken)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,7 +59,8 @@ class Piece:
 
     Attributes:
         name: global name.
-        parameter: the module's parameter; a DTensor under FSDP.
+        parameter: what the optimizer steps on: the module's parameter, a DTensor under FSDP, or
+            this rank's main parameter under ZeRO-1.
         box: where the piece lies in the whole parameter.
         placement: its row of the table.
         counted: whether this rank counts it in sums over all ranks; of the ranks that hold equal
@@ -101,6 +105,18 @@ def local_values(tensor: Tensor) -> Tensor:
     return local.detach()
 
 
+class Mains(Protocol):
+    """Parameters of which this rank updates another tensor than the module's own."""
+
+    def main(self, name: str) -> nn.Parameter:
+        """The tensor that is updated."""
+        ...
+
+    def box(self, name: str) -> Box:
+        """Where it lies in the module's parameter."""
+        ...
+
+
 class ParameterTable(Mapping[str, Placement]):
     """Global parameter name to its placement.
 
@@ -111,6 +127,10 @@ class ParameterTable(Mapping[str, Placement]):
     def __init__(self, topology: Topology | None = None):
         self.topology = topology or Topology.local()
         self._rows: dict[str, Placement] = {}
+        self._mains: dict[str, Mains] = {}
+        self._copies: dict[str, Axis] = {}
+        # Names in the last stage of parameters that are the first stage's.
+        self._tied: dict[str, str] = {}
 
     @classmethod
     def of(cls, model: nn.Module) -> "ParameterTable":
@@ -139,38 +159,95 @@ class ParameterTable(Mapping[str, Placement]):
             raise ConfigError(f"two rules of the plan place the parameter {name!r}; it needs one")
         self._rows[name] = placement
 
+    def tie(self, name: str, original: str) -> bool:
+        """Let ``name`` of the last pipeline stage be the parameter ``original`` of the first.
+
+        Each end then has a part of its gradient, and the first one counts it. Ranks that hold
+        neither do nothing. Both ends of a pipeline must call it in the same order.
+
+        Returns:
+            Whether this rank has both, in two stages: then ``original`` alone has a piece, and the
+            other is for a ``Twin`` to keep equal.
+
+        Raises:
+            ConfigError: this rank has both, and they lie over the ranks in different ways.
+        """
+        row, at_first = self._rows.pop(name, None), self._rows.get(original)
+        if row is None and at_first is None:
+            return False
+        if row is not None:
+            self._tied[name] = original
+        if row is not None and at_first is not None:
+            if row != at_first:
+                raise ConfigError(
+                    f"{name} and {original} are one parameter, but the plan lays one out as {row} "
+                    f"and the other as {at_first}; give both the same style"
+                )
+            return True
+        there = row or at_first
+        if there is not None:
+            self.topology.axis(PP_ENDS)  # its group is made now, in one order on both ends
+            self._rows[original] = replace(there, partial=(*there.partial, PP_ENDS))
+        return False
+
+    def set_copies(self, data: str, axis: Axis) -> None:
+        """Say which ranks of the data axes ``data`` update equal copies."""
+        self._copies[data] = axis
+
+    def set_mains(self, name: str, mains: Mains) -> None:
+        """Say that another tensor than the module's is updated for a parameter."""
+        self._mains[name] = mains
+
     def pieces(self, model: nn.Module) -> list[Piece]:
         """What this rank holds of ``model``'s parameters, in the model's order.
+
+        A tied parameter of which this rank has both ends is listed with the first.
 
         Raises:
             ConfigError: a parameter that no rule of the plan placed.
         """
-        missing = [name for name, _ in model.named_parameters() if name not in self._rows]
+        held = [(name, self._tied.get(name, name), p) for name, p in model.named_parameters()]
+        missing = [name for _, name, _ in held if name not in self._rows]
         if missing:
             raise ConfigError(
                 f"no rule of the plan places the parameter(s) {', '.join(missing)}; every "
                 "parameter needs one, so that its gradient is reduced over the right ranks"
             )
-        return [self._piece(name, parameter) for name, parameter in model.named_parameters()]
+        return [
+            self._piece(name, local, parameter)
+            for local, name, parameter in held
+            if local == name or PP_ENDS in self._rows[name].partial
+        ]
 
-    def _piece(self, name: str, parameter: nn.Parameter) -> Piece:
+    def _piece(self, name: str, local: str, parameter: nn.Parameter) -> Piece:
+        """The piece of a parameter that the module calls ``local``."""
         placement = self._rows[name]
-        # On dims of the tensor before FSDP, then FSDP's own shard inside it.
+        # On dims of the module's tensor, then the shard of the data axes inside it.
         shape = list(parameter.shape)
         offset = [0] * len(shape)
         for dim, axis in placement.sharded:
             offset[dim] = self.topology.rank(axis) * shape[dim]
-        if isinstance(parameter, DTensor):
-            size, inner = compute_local_shape_and_global_offset(
+        inner = Box.whole(shape)
+        if local in self._mains:
+            parameter, inner = self._mains[local].main(local), self._mains[local].box(local)
+        elif isinstance(parameter, DTensor):
+            size, start = compute_local_shape_and_global_offset(
                 parameter.shape, parameter.device_mesh, parameter.placements
             )
-            offset, shape = [a + b for a, b in zip(offset, inner, strict=True)], list(size)
-        local = Box(tuple(offset), tuple(shape))
-        box = local.intersect(Box.whole(placement.shape))
+            inner = Box(tuple(start), tuple(size))
+        corner = tuple(a + b for a, b in zip(offset, inner.offset, strict=True))
+        box = Box(corner, inner.size).intersect(Box.whole(placement.shape))
         if box.numel == 0:
             box = Box((0,) * len(shape), (0,) * len(shape))
-        counted = all(self.topology.rank(axis) == 0 for axis in placement.replicated())
+        counted = local == name and self._is_counted(placement)
         return Piece(name, parameter, box, placement, counted)
+
+    def _is_counted(self, placement: Placement) -> bool:
+        """Whether this rank is the one that counts, of those that hold equal pieces."""
+        copies = self._copies.get(placement.data)
+        if copies is not None and copies.rank > 0:
+            return False
+        return all(self.topology.rank(axis) == 0 for axis in placement.replicated())
 
 
 def initialise(pieces: list[Piece], rule: Callable[[str], tuple[str, float]], seed: int) -> None:

@@ -7,7 +7,7 @@ parameter it touches in the table.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -126,21 +126,58 @@ class ColumnParallel(Style):
     for all linears of a group, only the part is kept for backward, and it is gathered again there
     (arXiv 2205.05198, section 4.2.2); backward ends in a reduce-scatter. Without, the input is
     whole and backward ends in an all-reduce.
+
+    Attributes:
+        heads: number of heads that the output of a linear consists of, by its name in the group
+            (``""`` is a single linear). A head stays whole: where there are fewer than ranks,
+            neighbours hold copies of one, and each has a part of its gradient. The keys and values
+            of grouped queries need it; a linear that is not named is split by features.
     """
 
     sequence: bool = True
     axis: str = "tp"
+    heads: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     def apply(self, module: nn.Module, name: str, table: ParameterTable) -> nn.Module:
         """Split the weight's rows and the bias."""
         self._expect(module, name, nn.Linear, LinearGroup)
+        axis = table.topology.axis(self.axis)
         linears = {"": module} if isinstance(module, nn.Linear) else dict(module.named_children())
         for key, linear in linears.items():
             prefix = f"{name}.{key}" if key else name
+            copies = head_copies(self.heads[key], axis, prefix) if key in self.heads else 1
+            sharded, partial = _rows_with_copies(axis, copies)
             for parameter, value in list(linear.named_parameters()):
-                placement = _placement(value, ((0, self.axis),))
+                placement = _placement(value, sharded, partial=partial)
                 shard_parameter(linear, prefix, parameter, table, placement)
-        return ColumnParallelLinears.of(module, table.topology.axis(self.axis), self.sequence)
+        return ColumnParallelLinears.of(module, axis, self.sequence)
+
+
+def head_copies(num_heads: int, axis: Axis, name: str) -> int:
+    """How many neighbours along ``axis`` hold each head: 1 where there are enough for all ranks.
+
+    Raises:
+        ConfigError: neither divides the other.
+    """
+    if num_heads % axis.size == 0:
+        return 1
+    if num_heads < 1 or axis.size % num_heads:
+        raise ConfigError(
+            f"{name} of {num_heads} heads cannot be split over {axis.name} of {axis.size} ranks; "
+            f"choose a divisor or a multiple of {num_heads}"
+        )
+    return axis.size // num_heads
+
+
+def _rows_with_copies(
+    axis: Axis, copies: int
+) -> tuple[tuple[tuple[int, str], ...], tuple[str, ...]]:
+    """Where rows are sharded and where their gradient is partial, with so many copies of each."""
+    if copies == 1:
+        return ((0, axis.name),), ()
+    if copies == axis.size:
+        return (), (axis.name,)
+    return ((0, f"{axis.name}//{copies}"),), (f"{axis.name}%{copies}",)
 
 
 @dataclass(frozen=True)

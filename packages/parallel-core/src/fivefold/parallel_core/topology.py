@@ -1,5 +1,6 @@
 """The process groups of a layout at run time, passed around and never global."""
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,11 @@ from fivefold.parallel_core.layout import Layout
 # Groups are made when the topology is, in this order on every rank: a group made later, on
 # demand, would deadlock as soon as two ranks asked for two groups in different orders.
 AXES = ("tp", "cp", "dp", "pp", "ep", "etp", "edp", "tp-cp", "dp-cp", "etp-ep", "tp-dp-cp")
+
+PP_ENDS = "pp-ends"
+"""The first and the last rank of a pipeline; an axis of one rank on those between them."""
+
+_FACTOR = re.compile(r"([a-z-]+)(//|%)([1-9][0-9]*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +81,9 @@ class Topology:
         return topology
 
     def _make_axis(self, name: str) -> Axis:
-        ranks = tuple(self.layout.group_of(name, self.world_rank))
+        return self._axis_over(name, tuple(self.layout.group_of(name, self.world_rank)))
+
+    def _axis_over(self, name: str, ranks: tuple[int, ...]) -> Axis:
         group = self._group(ranks) if len(ranks) > 1 else None
         return Axis(name, len(ranks), ranks.index(self.world_rank), ranks, group)
 
@@ -96,13 +104,37 @@ class Topology:
     def axis(self, name: str) -> Axis:
         """The axis called ``name``: tp cp dp pp ep etp edp, or a join listed in ``AXES``.
 
+        Two factors of an axis can be asked for: ``"tp%2"`` are pairs of neighbours along "tp", and
+        ``"tp//2"`` the ranks that stand at one place of their pairs. ``"pp-ends"`` are the first
+        and the last pipeline rank. All ranks of an axis must ask for its factors first in the same
+        order, as they do where they apply one plan: the groups are made then.
+
         Raises:
-            LayoutError: no such axis.
+            LayoutError: no such axis, or a factor that does not divide it.
         """
         if name not in self._axes:
+            self._axes[name] = self._axis_over(name, self._ranks_of_part(name))
+        return self._axes[name]
+
+    def _ranks_of_part(self, name: str) -> tuple[int, ...]:
+        """The ranks of an axis that is a part of another."""
+        if name == PP_ENDS:
+            ends = (self.axis("pp").ranks[0], self.axis("pp").ranks[-1])
+            inside = self.world_rank not in ends or ends[0] == ends[1]
+            return (self.world_rank,) if inside else ends
+        found = _FACTOR.fullmatch(name)
+        if found is None or found[1] not in self._axes:
             legal = ", ".join(self._axes)
             raise LayoutError(f"no axis {name!r} in this topology; there are {legal}")
-        return self._axes[name]
+        whole, inner = self._axes[found[1]], int(found[3])
+        if whole.size % inner:
+            raise LayoutError(
+                f"axis {name!r}: {whole.name} has {whole.size} ranks; ask for a divisor of it"
+            )
+        outer_index, inner_index = divmod(whole.rank, inner)
+        if found[2] == "%":
+            return whole.ranks[outer_index * inner : (outer_index + 1) * inner]
+        return whole.ranks[inner_index::inner]
 
     def group(self, name: str) -> dist.ProcessGroup | None:
         """The process group of an axis; None where the axis has one rank."""
