@@ -12,6 +12,7 @@ from fivefold.moe import MoEConfig, MoEForCausalLM, sharding
 from fivefold.parallel_core.build import ParallelModel, build, make_runner
 from fivefold.parallel_core.context import take_held
 from fivefold.parallel_core.data_parallel import Precision
+from fivefold.parallel_core.data_parallel_config import DataParallelConfig
 from fivefold.parallel_core.gradients import clip, global_norm, sum_partial
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.parameters import ParameterTable, Piece, initialise
@@ -52,7 +53,8 @@ class Case:
         model: configuration.
         stages_per_rank: more than 1 is the interleaved schedule.
         microbatch_size: sequences in a microbatch; there are as many as fill the batch.
-        precision: dtypes and resharding.
+        precision: dtypes.
+        data: what is sharded over the data axes.
         recompute: what backward recomputes.
         context: form of attention and split of sequences over "cp".
     """
@@ -62,6 +64,7 @@ class Case:
     stages_per_rank: int = 1
     microbatch_size: int = 2
     precision: Precision = DOUBLE
+    data: DataParallelConfig = DataParallelConfig()  # noqa: RUF009
     recompute: str = "none"
     context: ContextConfig = ContextConfig()  # noqa: RUF009
 
@@ -72,7 +75,7 @@ class Case:
         words += [f"{self.stages_per_rank} stages"] * (self.stages_per_rank > 1)
         words += [f"microbatch={self.microbatch_size}"] * (self.microbatch_size != 2)
         words += [self.precision.compute] * (self.precision.compute != "float64")
-        words += ["reshard"] * self.precision.reshard_after_forward
+        words += [f"{k}={v}" for k, v in self.data.to_dict().items() if v not in (None, "zero2")]
         words += [f"{self.context.attention} {self.context.split}"] * (
             self.context != ContextConfig()
         )
@@ -208,6 +211,7 @@ def make_job(case: Case) -> Job:
         tail=sharding.TAIL,
         pipeline=pipeline,
         precision=case.precision,
+        data_parallel=case.data,
         regions=case.recompute,
     )
     model.initialise(model.parts[0].initialisation, SEED)

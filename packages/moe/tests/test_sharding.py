@@ -7,6 +7,7 @@ import pytest
 from fivefold.moe import MoEConfig, MoEForCausalLM, sharding
 from fivefold.moe.errors import MoEConfigError
 from fivefold.parallel_core.data_parallel import Precision
+from fivefold.parallel_core.data_parallel_config import DataParallelConfig
 from fivefold.parallel_core.launcher import launch
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.sequence_split import ContextConfig
@@ -18,13 +19,13 @@ UNEVEN = with_model(num_layers=3)
 DEEP = with_model(num_layers=5)
 HEADS = with_model(num_key_value_heads=4)
 TIED = with_model(tie_word_embeddings=True)
-RESHARD = Precision(parameters="float64", compute="float64", reshard_after_forward=True)
+ZERO3 = DataParallelConfig(form="zero3")
 BFLOAT16 = Precision(compute="bfloat16")
 
 
 def case(model: MoEConfig = MODEL, /, **values: object) -> Case:
     """A case; what is not its own is the layout's."""
-    names = ("stages_per_rank", "microbatch_size", "precision", "recompute", "context")
+    names = ("stages_per_rank", "microbatch_size", "precision", "data", "recompute", "context")
     own = {name: values.pop(name) for name in names if name in values}
     return Case(degrees=tuple(values.items()), model=model, **own)  # type: ignore[arg-type]
 
@@ -34,7 +35,7 @@ CASES = [
     case(ep=8, microbatch_size=1),
     case(tp=2, cp=2, ep=8),  # EP over TP, CP and DP at once
     case(tp=2, ep=4),  # EDP 2, DP 4
-    case(tp=2, ep=4, precision=RESHARD),
+    case(tp=2, ep=4, data=ZERO3),
     case(TWELVE, tp=2, ep=4),  # three experts per rank
     case(tp=2, etp=4, ep=2),  # ETP > TP
     case(etp=4, microbatch_size=1),  # ETP without EP
@@ -68,7 +69,7 @@ CASES = [
         recompute="full",
         context=ContextConfig(attention="ring", split="zigzag"),
     ),
-    case(tp=2, ep=4, precision=RESHARD, recompute="full"),
+    case(tp=2, ep=4, data=ZERO3, recompute="full"),
     case(UNEVEN, tp=2, cp=2, pp=2, ep=4, recompute="attention_core+experts"),
     case(DEEP, tp=2, pp=2, ep=4, stages_per_rank=2, recompute="attention+moe+norms"),
 ]

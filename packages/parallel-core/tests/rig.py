@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fivefold.parallel_core.build import ParallelModel, build, make_runner
 from fivefold.parallel_core.data_parallel import Precision
+from fivefold.parallel_core.data_parallel_config import DataParallelConfig
 from fivefold.parallel_core.gradients import clip, global_norm, sum_partial
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.parameters import ParameterTable, Piece, initialise
@@ -46,6 +47,7 @@ class Case:
     regions: str = "none"
     microbatch_size: int = 1
     precision: Precision = DOUBLE
+    data: DataParallelConfig = DataParallelConfig()  # noqa: RUF009
     changes: Mapping[str, Style] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -55,8 +57,10 @@ class Case:
         words += [self.schedule] * (self.schedule != "")
         words += [f"{self.stages_per_rank} stages a rank"] * (self.stages_per_rank > 1)
         words += [f"{self.microbatch_size} in a microbatch"] * (self.microbatch_size > 1)
-        words += ["reshard"] * self.precision.reshard_after_forward
+        words += [f"{k}={v}" for k, v in self.data.to_dict().items() if v not in (None, "zero2")]
         words += ["tied"] * self.config.tied
+        few = self.config.num_key_heads < self.config.num_heads
+        words += [f"{self.config.num_key_heads} key heads"] * few
         return " ".join(words) or "data"
 
 
@@ -213,6 +217,7 @@ def make_job(case: Case, topology: Topology | None = None) -> Job:
         tail=TAIL,
         pipeline=pipeline,
         precision=case.precision,
+        data_parallel=case.data,
         regions=case.regions,
     )
     model.initialise(rule, SEED)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fivefold.parallel_core.activations import ActivationLedger
 from fivefold.parallel_core.build import build
 from fivefold.parallel_core.data_parallel import Precision
+from fivefold.parallel_core.data_parallel_config import DataParallelConfig
 from fivefold.parallel_core.errors import ConfigError, RankError
 from fivefold.parallel_core.in_flight import Order, orders_of, schedule_orders
 from fivefold.parallel_core.launcher import launch
@@ -186,7 +187,8 @@ def test_evaluation_is_not_limited_and_changes_nothing() -> None:
     assert launch(on_a_rank, P, timeout=300) == [True, True]
 
 
-MIXED = Precision(parameters="float32", compute="bfloat16", reshard_after_forward=True)
+MIXED = Precision(parameters="float32", compute="bfloat16")
+FREEING = DataParallelConfig(form="zero3")
 
 
 def sharded(schedule: str, degrees: dict[str, int]) -> tuple[int, int, int]:
@@ -200,6 +202,7 @@ def sharded(schedule: str, degrees: dict[str, int]) -> tuple[int, int, int]:
                 schedule=schedule,
                 stages_per_rank=1 if schedule == "1F1B" else 2,
                 precision=MIXED,
+                data=FREEING,
                 activation_budget=budget,
             )
         )

@@ -10,7 +10,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from fivefold.parallel_core.config import replace
-from fivefold.parallel_core.data_parallel import Precision, _dim_to_shard, shard_data
+from fivefold.parallel_core.data_parallel import Precision, shard_data
+from fivefold.parallel_core.data_parallel_config import DataParallelConfig
 from fivefold.parallel_core.errors import ConfigError, LayoutError
 from fivefold.parallel_core.launcher import launch
 from fivefold.parallel_core.ledger import CommLedger
@@ -45,14 +46,6 @@ def test_precision_names_torchs_dtypes() -> None:
     assert Precision.from_dict(HALF.to_dict()) == HALF
     with pytest.raises(ConfigError, match="bfloat16"):
         replace(HALF, parameters="bfloat16")
-
-
-@pytest.mark.parametrize(
-    ("shape", "size", "dim"),
-    [((8, 3), 4, 0), ((6, 8), 4, 1), ((6, 10), 4, 0), ((0, 8), 4, 1), ((5,), 4, 0), ((), 4, 0)],
-)
-def test_the_first_dim_that_divides_is_sharded(shape: tuple[int, ...], size: int, dim: int) -> None:
-    assert _dim_to_shard(torch.Size(shape), size) == dim
 
 
 def test_one_data_rank_of_one_dtype_needs_no_fsdp() -> None:
@@ -160,8 +153,8 @@ class Watched:
 
 def watch(reshard: bool) -> Watched:
     """Two microbatches, then evaluations before and after the parameters change."""
-    precision = replace(DOUBLE, reshard_after_forward=reshard)
-    job = make_job(Case(degrees={}, precision=precision))
+    data = DataParallelConfig(form="zero3" if reshard else "zero2")
+    job = make_job(Case(degrees={}, data=data))
     with CommLedger(job.topology) as ledger:
         job.runner.train(*job.data(), 1.0)
     before = job.total(job.runner.evaluate(*job.data()).item())
@@ -184,7 +177,7 @@ def test_gradients_are_reduced_once_however_many_microbatches(
 ) -> None:
     """Of three units: two layers and the rest."""
     for found in (found for pair in watched for found in pair):
-        assert found.sent["reduce_scatter", "dp"][0] == 3
+        assert found.sent["reduce_scatter", "dp-cp"][0] == 3
 
 
 def test_weights_are_gathered_again_in_backward_only_if_they_were_freed(
@@ -192,9 +185,9 @@ def test_weights_are_gathered_again_in_backward_only_if_they_were_freed(
 ) -> None:
     """Two microbatches."""
     for kept, freed in watched:
-        once = kept.sent["reduce_scatter", "dp"][1]
-        assert kept.sent["all_gather", "dp"] == (2 * 3, 2 * once)
-        calls, sent = freed.sent["all_gather", "dp"]
+        once = kept.sent["reduce_scatter", "dp-cp"][1]
+        assert kept.sent["all_gather", "dp-cp"] == (2 * 3, 2 * once)
+        calls, sent = freed.sent["all_gather", "dp-cp"]
         assert (calls, sent) == (4 * 3, 4 * once)
 
 

@@ -166,8 +166,8 @@ def test_axes_that_share_a_group_are_told_apart(job: list[dict[str, object]]) ->
 
 def test_fsdp_is_counted(job: list[dict[str, object]]) -> None:
     assert job[0]["fsdp"] == {
-        ("all_gather", "dp"): (1, 48),  # 3/4 of 64 bytes
-        ("reduce_scatter", "dp"): (1, 48),
+        ("all_gather", "dp-cp"): (1, 48),  # 3/4 of 64 bytes
+        ("reduce_scatter", "dp-cp"): (1, 48),
     }
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fivefold.parallel_core.data_parallel import Precision
+from fivefold.parallel_core.data_parallel_config import DataParallelConfig
 from fivefold.parallel_core.errors import ConfigError
 from fivefold.parallel_core.launcher import launch
 from fivefold.parallel_core.layout import Layout
@@ -24,15 +24,22 @@ from .toy import HEAD, TAIL, Toy, ToyConfig, plan, resized
 
 TOLERANCE = 1e-12
 DENSE, MIXTURE = ToyConfig(), ToyConfig(num_experts=4)
-FREEING = Precision(parameters="float64", compute="float64", reshard_after_forward=True)
+FREEING = DataParallelConfig(form="zero3")
 
 CASES = [
     Case(degrees={}),
     Case(degrees={"tp": 2}, sequence=False),
     Case(degrees={"tp": 2}, config=resized(DENSE, tied=True), microbatch_size=2),
     Case(degrees={"tp": 4}, config=resized(DENSE, label_smoothing=0.1), microbatch_size=2),
-    Case(degrees={"cp": 4}, microbatch_size=2, precision=FREEING),
-    Case(degrees={"tp": 2, "cp": 2, "pp": 2}, microbatch_size=2, precision=FREEING),
+    Case(degrees={"tp": 4}, config=resized(DENSE, num_key_heads=2)),
+    Case(degrees={"tp": 4}, config=resized(DENSE, num_key_heads=1), sequence=False),
+    Case(
+        degrees={"tp": 4, "pp": 2},
+        config=resized(MIXTURE, num_key_heads=2, tied=True, bias=False),
+        data=FREEING,
+    ),
+    Case(degrees={"cp": 4}, microbatch_size=2, data=FREEING),
+    Case(degrees={"tp": 2, "cp": 2, "pp": 2}, microbatch_size=2, data=FREEING),
     Case(degrees={"pp": 4}, config=resized(DENSE, num_layers=5)),
     Case(
         degrees={"tp": 2, "pp": 2},
@@ -41,7 +48,7 @@ CASES = [
         microbatch_size=2,
     ),
     Case(degrees={"ep": 2, "etp": 4}, config=MIXTURE),
-    Case(degrees={"tp": 2, "ep": 4}, config=MIXTURE, precision=FREEING),
+    Case(degrees={"tp": 2, "ep": 4}, config=MIXTURE, data=FREEING),
     Case(degrees={"tp": 2, "cp": 2, "ep": 4, "etp": 2}, config=MIXTURE, microbatch_size=4),
     Case(
         degrees={"tp": 2, "cp": 2, "ep": 2, "etp": 2, "pp": 2},

@@ -10,6 +10,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from fivefold.parallel_core.build import ParallelModel, build
 from fivefold.parallel_core.checkpoint import Checkpoints, load_parts
+from fivefold.parallel_core.data_parallel_config import DataParallelConfig
 from fivefold.parallel_core.errors import ConfigError
 from fivefold.parallel_core.gradients import sum_partial
 from fivefold.parallel_core.launcher import launch
@@ -21,7 +22,7 @@ from fivefold.parallel_core.tied import Twin, check_ends, tied_names
 from fivefold.parallel_core.topology import Topology
 
 from .imagined import imagined
-from .rig import Case, Job, make_job, parallel_run, worst
+from .rig import Case, Job, make_job, parallel_run, plain_run, worst
 from .test_checkpoint import copies, differing, parts_of
 from .toy import HEAD, TAIL, Toy, ToyConfig, plan, resized
 
@@ -32,6 +33,11 @@ CHAIN = [
     Case(degrees={"tp": 4}, config=CONFIG),
     Case(degrees={"tp": 2, "pp": 2}, config=CONFIG, schedule="ZBVZeroBubble", stages_per_rank=2),
     Case(degrees={"tp": 2, "pp": 2}, config=CONFIG),
+]
+FORMS = [
+    Case(degrees={"pp": 2}, config=CONFIG, data=DataParallelConfig(form=form), **schedule)  # type: ignore[arg-type]
+    for form in ("replicate", "zero1", "zero2", "zero3")
+    for schedule in ({}, V_SHAPED)
 ]
 """Key heads that two ranks hold; both ends on one rank; an end on each of two ranks."""
 
@@ -122,6 +128,20 @@ def test_the_ends_exchange_one_gradient(ranks: tuple[Path, list[Rank]]) -> None:
         assert rank.sent["all_reduce", "pp-ends"] == (1, 38 / 2 * CONFIG.hidden_size * 8)
 
 
+# ---- forms of data parallelism ---------------------------------------------------------------
+
+
+def errors_of_forms() -> list[tuple[float, str]]:
+    reference = plain_run(CONFIG)
+    jobs = (make_job(case) for case in FORMS)
+    return [worst(job, parallel_run(job), reference) for job in jobs]
+
+
+def test_the_ends_train_as_one_whatever_the_data_ranks_shard() -> None:
+    for errors in launch(errors_of_forms, 4, timeout=300):
+        assert max(errors) < (1e-12, "")
+
+
 # ---- names and refusals --------------------------------------------------------------------
 
 
@@ -161,7 +181,7 @@ def test_two_ways_to_lay_out_one_parameter_are_refused() -> None:
 
 def test_a_twin_follows_and_hands_over_its_gradient() -> None:
     first, last = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
-    twin = Twin(first, "weight", last, "weight")
+    twin = Twin(ParameterTable(), first, "weight", last, "weight")
     twin.hand_over()
     assert first.weight.grad is None
     twin.refresh()

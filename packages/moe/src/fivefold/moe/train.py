@@ -158,6 +158,7 @@ def check(config: RunConfig, world_size: int) -> Layout:
     sharding.check(config.model, layout, config.training.sequence_length, config.context)
     stages = layout.pp * config.training.pipeline.stages_per_rank
     config.training.num_microbatches(layout.dp, layout.pp)
+    config.training.data_parallel.check(layout)
     sharding.check_stages(config.model, stages)
     with torch.device("meta"):
         check_regions(MoEForCausalLM(config.model), config.training.recompute)
@@ -188,6 +189,7 @@ def build_model(config: RunConfig, topology: Topology) -> ParallelModel:
         tail=sharding.TAIL,
         pipeline=config.training.pipeline,
         precision=config.training.precision,
+        data_parallel=config.training.data_parallel,
         regions=config.training.recompute,
     )
     first: Any = model.parts[0]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fivefold.parallel_core.data_parallel import Precision
+from fivefold.parallel_core.data_parallel_config import DataParallelConfig
 from fivefold.parallel_core.losses import SideOutputs
 from fivefold.parallel_core.parameters import ParameterTable, Piece, initialise
 from fivefold.parallel_core.pipeline import (
@@ -19,6 +20,7 @@ from fivefold.parallel_core.pipeline_config import PipelineConfig
 from fivefold.parallel_core.plan import check_plan, parallelize, tie
 from fivefold.parallel_core.regions import check_regions
 from fivefold.parallel_core.styles import Plan
+from fivefold.parallel_core.tied import Twin, check_ends, tied_names
 from fivefold.parallel_core.topology import Topology
 
 
@@ -30,11 +32,13 @@ class ParallelModel:
         parts: its pipeline stages, one unless the schedule is interleaved.
         table: placement of every parameter of the parts.
         topology: the ranks.
+        twins: tied parameters of which this rank has both stages; a ``Runner`` keeps them equal.
     """
 
     parts: Sequence[nn.Module]
     table: ParameterTable
     topology: Topology
+    twins: Sequence[Twin] = ()
 
     def pieces(self) -> list[Piece]:
         """This rank's pieces of all parameters."""
@@ -77,6 +81,7 @@ def build(
     tail: Sequence[str],
     pipeline: PipelineConfig | None = None,
     precision: Precision | None = None,
+    data_parallel: DataParallelConfig | None = None,
     dtype: torch.dtype | None = None,
     regions: str | Sequence[str] = "none",
 ) -> ParallelModel:
@@ -91,7 +96,8 @@ def build(
         head: modules of the first pipeline stage only.
         tail: modules of the last pipeline stage only.
         pipeline: schedule; the default has one stage on each rank.
-        precision: dtypes and FSDP for training; None for inference.
+        precision: dtypes for training; None for inference.
+        data_parallel: what is sharded over the data axes in training; None is the default.
         dtype: of the parameters where ``precision`` is None.
         regions: what backward recomputes; see ``recompute``. Not whole layers where ``pipeline``
             has an ``activation_budget``, which chooses the microbatches whose layers are.
@@ -101,20 +107,27 @@ def build(
     per_rank = pipeline.stages_per_rank
     on_request = "none" if pipeline.activation_budget is None else "full"
     table = ParameterTable(topology)
-    parts = []
+    parts: list[nn.Module] = []
+    tied: dict[str, str] = {}
     for i in range(per_rank):
         with torch.device("meta"):
             part = make().to(precision.storage_dtype if precision else dtype)
+        if pp.size > 1:
+            tied = tied_names(part)
+            check_ends(tied, head, tail)
         check_plan(part, plan)
         check_regions(part, regions)
         check_regions(part, on_request)
         stage = pipeline.stage_index(pp.rank, i, pp.size)
         keep_stage(part, stage, pp.size * per_rank, head=head, tail=tail)
-        parallelize(part, topology, plan, precision, table, regions, on_request)
+        parallelize(part, topology, plan, precision, table, regions, on_request, data_parallel)
         part.to_empty(device=topology.device)
         tie(part)
         parts.append(part)
-    return ParallelModel(parts, table, topology)
+    # When all parts are in the table, as one rank may have both ends.
+    both = [(original, name) for name, original in tied.items() if table.tie(name, original)]
+    twins = [Twin(table, parts[0], original, parts[-1], name) for original, name in both]
+    return ParallelModel(parts, table, topology, twins)
 
 
 def make_runner(
@@ -153,4 +166,5 @@ def make_runner(
         hidden=(microbatch_size, length // layout.tp, hidden_size),
         logits=(microbatch_size, length, -(-vocab_size // layout.tp)),
         dtype=dtype,
+        twins=model.twins,
     )

@@ -1,19 +1,28 @@
-"""Data parallelism on FSDP2, with shard groups of their own for dense and expert parameters."""
+"""Data parallelism: which form each parameter takes, with groups of their own for experts.
 
-from collections.abc import Iterable, Mapping
+Gradients are summed, never averaged: the loss is already divided by the tokens of the global
+batch, and an expert sees tokens of ranks that are not in its group.
+"""
+
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils._pytree import tree_map_only
 
 from fivefold.parallel_core.config import Config
+from fivefold.parallel_core.data_parallel_config import DataParallelConfig
+from fivefold.parallel_core.errors import ConfigError
+from fivefold.parallel_core.fsdp import ShardOptions, shard_module
 from fivefold.parallel_core.parameters import ParameterTable
-from fivefold.parallel_core.topology import Topology
+from fivefold.parallel_core.replicas import Replicas
+from fivefold.parallel_core.topology import Axis, Topology
 
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+_REPLICAS = "_fivefold_replicas"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,13 +32,10 @@ class Precision(Config):
     Attributes:
         parameters: dtype of the stored parameters, of their gradients and of the optimizer.
         compute: dtype of the copies that forward and backward work with, and of activations.
-        reshard_after_forward: free the gathered parameters after forward and gather them again
-            in backward (ZeRO-3) instead of keeping them until backward (ZeRO-2).
     """
 
     parameters: Literal["float32", "float64"] = "float32"
     compute: Literal["float32", "float64", "bfloat16"] = "float32"
-    reshard_after_forward: bool = False
 
     @property
     def storage_dtype(self) -> torch.dtype:
@@ -41,64 +47,204 @@ class Precision(Config):
         """``compute`` as a torch dtype."""
         return _DTYPES[self.compute]
 
+    @property
+    def mixed(self) -> bool:
+        """Whether the two dtypes differ."""
+        return self.parameters != self.compute
+
 
 def shard_data(
-    model: nn.Module, table: ParameterTable, units: Iterable[str], precision: Precision
+    model: nn.Module,
+    table: ParameterTable,
+    units: Iterable[str],
+    precision: Precision,
+    config: DataParallelConfig | None = None,
 ) -> None:
-    """Shard parameters, gradients and optimizer state over the data axes, in place.
+    """Lay parameters, gradients and optimizer state over the data axes, in place.
 
-    Dense parameters go over "dp-cp", expert parameters over "edp". Gradients are summed, never
-    averaged: the loss is already divided by the tokens of the global batch, and an expert sees
-    tokens of ranks that are not in its group.
+    Dense parameters go over "dp-cp", expert parameters over "edp".
 
     Args:
         model: with parameters already sharded over the model axes; may be on meta.
-        table: its table.
-        units: names of the modules that are gathered as one (the layers).
-        precision: dtypes and resharding.
+        table: its table, which learns what this rank updates of each parameter.
+        units: names of the modules whose parameters go in one message (the layers).
+        precision: dtypes.
+        config: what is sharded; None is the default.
+
+    Raises:
+        ConfigError: shards that do not fit the ranks.
     """
+    units, config = list(units), config or DataParallelConfig()
+    laid = [_lay(model, table, data, precision, config) for data in ("edp", "dp-cp")]
+    for one in laid:
+        table.set_copies(one.data, one.replicate)
+    whole = [one for one in laid if one.form in ("replicate", "zero1") and one.names]
+    replicas = [_replicate(model, table, units, one, precision) for one in whole if one.needed]
+    setattr(model, _REPLICAS, replicas)
+    if replicas and precision.mixed:
+        _cast_inputs(model, units, precision.compute_dtype)
+    gathered = [one for one in laid if one not in whole and one.needed and one.names]
+    if gathered:
+        _shard_fully(model, table.topology, gathered, units, precision)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Laid:
+    """One kind of parameters (dense or expert) and how it lies over its data axes."""
+
+    data: str
+    form: str
+    names: list[str]
+    shard: Axis
+    replicate: Axis
+    mixed: bool
+
+    @property
+    def needed(self) -> bool:
+        """Whether there is anything to gather, to reduce or to cast."""
+        return self.mixed or self.shard.size > 1 or self.replicate.size > 1
+
+
+def _lay(
+    model: nn.Module,
+    table: ParameterTable,
+    data: str,
+    precision: Precision,
+    config: DataParallelConfig,
+) -> _Laid:
     topology = table.topology
-    mixed = precision.compute_dtype != precision.storage_dtype
-    experts = _experts(model, table)
-    if not mixed and topology.size("dp-cp") == 1 and (not experts or topology.size("edp") == 1):
-        return
-    # One rank holds the whole of these, so there is nothing to gather or to reduce.
-    whole = experts if not mixed and topology.size("edp") == 1 else []
-    options = {
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=precision.compute_dtype if mixed else None,
-            reduce_dtype=precision.storage_dtype if mixed else None,
-        ),
-        "reshard_after_forward": precision.reshard_after_forward,
-        "ignored_params": {p for module in whole for p in module.parameters()},
-    }
-    layers = [(model.get_submodule(name), "dp-cp") for name in units]
-    # Inner modules first: an outer one takes the parameters that are left.
-    for module, axis in [*((m, "edp") for m in experts if not whole), *layers, (model, "dp-cp")]:
-        _shard(module, topology, axis, options)
+    size = config.shard_size_of(data, topology.size(data))
+    # Neighbours share a copy: they lie within a node as far as the axis does.
+    shard = topology.axis(data if size == topology.size(data) else f"{data}%{size}")
+    replicate = topology.axis(data if size == 1 else f"{data}//{size}")
+    names = [name for name, _ in model.named_parameters() if table[name].data == data]
+    return _Laid(data, config.form_of(data), names, shard, replicate, precision.mixed)
 
 
-def _experts(model: nn.Module, table: ParameterTable) -> list[nn.Module]:
-    """The modules that own parameters whose data axes are "edp"."""
-    owners = {name.rpartition(".")[0] for name, row in table.items() if row.data == "edp"}
-    return [module for name, module in model.named_modules() if name in owners]
+# ---- whole parameters ------------------------------------------------------------------------
 
 
-def _shard(module: nn.Module, topology: Topology, axis: str, options: Mapping[str, Any]) -> None:
-    size = topology.size(axis)
-    sharded = fully_shard(
-        module,
-        mesh=topology.mesh(axis),
-        shard_placement_fn=lambda parameter: Shard(_dim_to_shard(parameter.shape, size)),
-        **options,
+def _replicate(
+    model: nn.Module, table: ParameterTable, units: Sequence[str], laid: _Laid, precision: Precision
+) -> Replicas:
+    replicas = Replicas(
+        model,
+        _buckets(laid.names, units),
+        laid.shard,
+        laid.replicate,
+        storage=precision.storage_dtype,
+        compute=precision.compute_dtype,
     )
-    sharded.set_gradient_divide_factor(1.0)
-    sharded.set_force_sum_reduction_for_comms(True)
+    for name in laid.names:
+        table.set_mains(name, replicas)
+    return replicas
 
 
-def _dim_to_shard(shape: torch.Size, size: int) -> int:
-    """The first dim that divides evenly; dim 0, padded, where none does."""
-    return next((dim for dim, n in enumerate(shape) if n % size == 0 and n > 0), 0)
+def _buckets(names: Sequence[str], units: Sequence[str]) -> list[list[str]]:
+    """The names below each unit, and the others."""
+    buckets: dict[str, list[str]] = {}
+    for name in names:
+        unit = next((unit for unit in units if name.startswith(f"{unit}.")), "")
+        buckets.setdefault(unit, []).append(name)
+    return list(buckets.values())
+
+
+def _cast_inputs(model: nn.Module, units: Sequence[str], dtype: torch.dtype) -> None:
+    """Let modules see their inputs in the dtype of their parameters, as FSDP does."""
+
+    def cast(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        return tree_map_only(
+            Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, (args, kwargs)
+        )
+
+    for module in (model, *(model.get_submodule(name) for name in units)):
+        module.register_forward_pre_hook(cast, with_kwargs=True)
+
+
+def _replicas_of(model: nn.Module) -> list[Replicas]:
+    found: list[Replicas] = getattr(model, _REPLICAS, [])
+    return found
+
+
+def updated(model: nn.Module, name: str) -> nn.Parameter:
+    """What the optimizer steps on for the parameter that ``model`` calls ``name``."""
+    of = next((replicas for replicas in _replicas_of(model) if name in replicas), None)
+    return model.get_parameter(name) if of is None else of.main(name)
+
+
+def gather_mains(model: nn.Module) -> None:
+    """Give whole parameters the values of what the ranks updated, before a step's forward."""
+    for replicas in _replicas_of(model):
+        replicas.gather()
+
+
+def collect_gradients(model: nn.Module) -> None:
+    """Take up gradients that a backward has set without autograd's hooks."""
+    for replicas in _replicas_of(model):
+        replicas.collect()
+
+
+def reduce_gradients(model: nn.Module) -> None:
+    """Sum the gradients of whole parameters over the data axes, after a step's last backward."""
+    for replicas in _replicas_of(model):
+        replicas.reduce()
+
+
+# ---- FSDP ------------------------------------------------------------------------------------
+
+
+def _shard_fully(
+    model: nn.Module,
+    topology: Topology,
+    gathered: Sequence[_Laid],
+    units: Sequence[str],
+    precision: Precision,
+) -> None:
+    mine = {name for one in gathered for name in one.names}
+    options = {
+        one.data: ShardOptions(
+            shard=one.shard,
+            replicate=one.replicate,
+            reshard_after_forward=one.form == "zero3",
+            compute=precision.compute_dtype if precision.mixed else None,
+            reduce=precision.storage_dtype if precision.mixed else None,
+            ignored={p for name, p in model.named_parameters() if name not in mine},
+        )
+        for one in gathered
+    }
+    of_model = options.get("dp-cp") or next(iter(options.values()))
+    # Inner modules first: an outer one takes the parameters that are left.
+    for one in gathered:
+        if one.data == "edp":
+            for module in _owners(model, one):
+                shard_module(module, topology, options["edp"])
+    if "dp-cp" in options:
+        for name in units:
+            shard_module(model.get_submodule(name), topology, options["dp-cp"])
+    # Always, since schedules look at the model itself to know whether there is FSDP in it.
+    shard_module(model, topology, of_model)
+
+
+def _owners(model: nn.Module, experts: _Laid) -> list[nn.Module]:
+    """The modules that own expert parameters.
+
+    Raises:
+        ConfigError: one owns other parameters too, which would be sharded like the experts'.
+    """
+    owners = {name.rpartition(".")[0] for name in experts.names}
+    found = []
+    for owner in sorted(owners):
+        module = model.get_submodule(owner)
+        others = {f"{owner}.{name}" for name, _ in module.named_parameters(recurse=False)}
+        others -= set(experts.names)
+        if others:
+            raise ConfigError(
+                f"{owner} owns expert parameters and {', '.join(sorted(others))}, which are not; "
+                "FSDP shards a module's parameters alike, so keep them in modules of their own, "
+                "or choose the forms 'replicate' or 'zero1'"
+            )
+        found.append(module)
+    return found
 
 
 def free_gathered(model: nn.Module) -> None:

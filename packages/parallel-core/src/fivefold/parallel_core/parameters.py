@@ -198,6 +198,11 @@ class ParameterTable(Mapping[str, Placement]):
         """Say that another tensor than the module's is updated for a parameter."""
         self._mains[name] = mains
 
+    def updated(self, model: nn.Module, name: str) -> nn.Parameter:
+        """What the optimizer steps on for the parameter that ``model`` calls ``name``."""
+        mains = self._mains.get(name)
+        return model.get_parameter(name) if mains is None else mains.main(name)
+
     def pieces(self, model: nn.Module) -> list[Piece]:
         """What this rank holds of ``model``'s parameters, in the model's order.
 

@@ -14,11 +14,17 @@ from torch.distributed.pipelining import schedules
 
 from fivefold.parallel_core.activation_budget import ActivationBudget
 from fivefold.parallel_core.collectives import gather_along
-from fivefold.parallel_core.data_parallel import free_gathered, synchronise_last
+from fivefold.parallel_core.data_parallel import (
+    free_gathered,
+    gather_mains,
+    reduce_gradients,
+    synchronise_last,
+)
 from fivefold.parallel_core.errors import ConfigError
 from fivefold.parallel_core.in_flight import orders_of
 from fivefold.parallel_core.pipeline_config import ONE_STAGE, PipelineConfig
 from fivefold.parallel_core.stage import Stage
+from fivefold.parallel_core.tied import Twin
 from fivefold.parallel_core.topology import Topology
 
 
@@ -100,6 +106,7 @@ class LocalRunner(Runner):
 
     def train(self, inputs: Tensor, targets: Tensor, scale: float) -> Tensor:
         """See ``Runner.train``."""
+        gather_mains(self.model)
         total = torch.zeros((), device=inputs.device)
         pairs = list(zip(self._parts(inputs), self._parts(targets), strict=True))
         for i, (x, y) in enumerate(pairs):
@@ -107,10 +114,12 @@ class LocalRunner(Runner):
             loss = self._loss(x, y)
             (loss * scale).backward()
             total = total + loss.detach()
+        reduce_gradients(self.model)
         return total
 
     def evaluate(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """See ``Runner.evaluate``."""
+        gather_mains(self.model)
         with torch.no_grad():
             pairs = zip(self._parts(inputs), self._parts(targets), strict=True)
             total = torch.stack([self._loss(x, y) for x, y in pairs]).sum()
@@ -158,6 +167,7 @@ class PipelineRunner(Runner):
         hidden: shape of what crosses a border.
         logits: shape of the last stage's output.
         dtype: of activations.
+        twins: tied parameters of which this rank has both stages.
 
     Attributes:
         schedule: torch's.
@@ -175,6 +185,7 @@ class PipelineRunner(Runner):
         hidden: tuple[int, ...],
         logits: tuple[int, ...],
         dtype: torch.dtype,
+        twins: Sequence[Twin] = (),
     ):
         _quiet_schedules()
         pp = topology.axis("pp")
@@ -195,7 +206,7 @@ class PipelineRunner(Runner):
         # V-shaped schedules have both ends on one rank.
         self.first = 0 in stages
         self._tail = stages[num_stages - 1].submod if num_stages - 1 in stages else None
-        self._parts, self._scale = parts, 1.0
+        self._parts, self._twins, self._scale = parts, twins, 1.0
         kwargs: dict[str, Any] = {"loss_fn": self._loss, "scale_grads": False}
         make: Any = schedules.get_schedule_class(config.schedule)
         every = list(stages.values())
@@ -224,7 +235,12 @@ class PipelineRunner(Runner):
         self._scale = scale
         if self.budget is not None:
             self.budget.start_step()
-        return self._run(self.schedule.step, inputs, targets) / scale
+        loss = self._run(self.schedule.step, inputs, targets) / scale
+        for part in self._parts:
+            reduce_gradients(part)
+        for twin in self._twins:
+            twin.hand_over()
+        return loss
 
     def evaluate(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """See ``Runner.evaluate``."""
@@ -236,6 +252,10 @@ class PipelineRunner(Runner):
         return total
 
     def _run(self, step: Any, inputs: Tensor, targets: Tensor) -> Tensor:
+        for twin in self._twins:
+            twin.refresh()
+        for part in self._parts:
+            gather_mains(part)
         losses: list[Tensor] = []
         args = (inputs,) if self.first else ()
         if self._tail is not None:

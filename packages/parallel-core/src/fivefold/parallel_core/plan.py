@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from fivefold.parallel_core.data_parallel import Precision, shard_data
+from fivefold.parallel_core.data_parallel_config import DataParallelConfig
 from fivefold.parallel_core.errors import ConfigError
 from fivefold.parallel_core.names import matching
 from fivefold.parallel_core.parameters import ParameterTable
@@ -21,6 +22,7 @@ def parallelize(
     table: ParameterTable | None = None,
     regions: str | Sequence[str] = "none",
     regions_on_request: str | Sequence[str] = "none",
+    data_parallel: DataParallelConfig | None = None,
 ) -> ParameterTable:
     """Lay ``model`` over the ranks of ``topology``, in place.
 
@@ -31,11 +33,12 @@ def parallelize(
         model: with whole parameters; a pipeline stage keeps its global names.
         topology: the ranks.
         plan: module name pattern to style. Every parameter must fall under one style.
-        precision: dtypes and FSDP's resharding; None leaves parameters unsharded over the data
-            axes, as inference wants them.
+        precision: dtypes of training; None leaves parameters as they are and unsharded over the
+            data axes, as inference wants them.
         table: the table to enter parameters in, for the second and later stages of one rank.
         regions: what backward recomputes; see ``recompute``.
         regions_on_request: what it recomputes besides where the forward pass asked for it.
+        data_parallel: what of a trained model is sharded over the data axes; None is the default.
 
     Returns:
         The table of the model's parameters.
@@ -54,7 +57,7 @@ def parallelize(
     recompute(model, regions)
     recompute(model, regions_on_request, only_on_request=True)
     if precision is not None:
-        shard_data(model, table, _units(model), precision)
+        shard_data(model, table, _units(model), precision, data_parallel)
     return table
 
 

@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.utils.checkpoint import GraphExecGroup
+
+from fivefold.parallel_core.data_parallel import collect_gradients
 
 Around = Callable[[int, int, Sequence[Any]], AbstractContextManager[None]]
 """Stage, microbatch and what the step gave it (nothing but on the first stage) to a context."""
@@ -123,16 +126,36 @@ class Stage(PipelineStage):
         super().set_local_fwd_input(prev_stage_outputs, mb_index)
         let_go(prev_stage_outputs)
 
-    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
-        """What torch calls to run a microbatch backward."""
-        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+    def backward_one_chunk(
+        self,
+        bwd_chunk_id: int,
+        loss: Any = None,
+        full_backward: bool = True,
+        last_backward: bool = False,
+    ) -> None:
+        """What torch calls to run a microbatch backward, or the inputs' part of it."""
+        if not full_backward:
+            self._gather_parameters()
+        super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
         self._forget(self.grad_recv_info.get(bwd_chunk_id, ()))
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
         """What torch calls to run the weights' part of a microbatch's backward."""
+        self._gather_parameters()
         # torch does this in many pieces, each of which would recompute a whole region again.
         with GraphExecGroup():
             super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
+        collect_gradients(self.submod)
+
+    def _gather_parameters(self) -> None:
+        """Put the parameters that forward used in place where FSDP has freed them.
+
+        A backward in two parts looks for the modules' parameters in the graph; it would not find
+        the shards there and would leave them without gradients.
+        """
+        for module in self.submod.modules():
+            if isinstance(module, FSDPModule):
+                module.unshard()
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> Any:
         """What torch calls to receive an input."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from fivefold.parallel_core.data_parallel import updated
 from fivefold.parallel_core.errors import ConfigError
-from fivefold.parallel_core.parameters import local_values
+from fivefold.parallel_core.parameters import ParameterTable, local_values
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
@@ -48,12 +48,14 @@ class Twin:
     which is trained, and a copy that follows it.
 
     Attributes:
+        table: of both stages.
         first: the part that has the original.
         original: its name there.
         last: the part that has the copy.
         copy: its name there.
     """
 
+    table: ParameterTable
     first: nn.Module
     original: str
     last: nn.Module

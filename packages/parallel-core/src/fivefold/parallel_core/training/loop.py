@@ -18,6 +18,7 @@ from fivefold.parallel_core.checkpoint import Checkpoints, TensorPart
 from fivefold.parallel_core.collectives import sum_over
 from fivefold.parallel_core.config import Config
 from fivefold.parallel_core.data_parallel import Precision
+from fivefold.parallel_core.data_parallel_config import DataParallelConfig
 from fivefold.parallel_core.errors import ConfigError, ParallelError
 from fivefold.parallel_core.gradients import clip, global_norm, sum_partial
 from fivefold.parallel_core.pipeline import Runner
@@ -54,6 +55,7 @@ class TrainingConfig(Config):
         optimizer: constants of AdamW.
         schedule: learning rate.
         precision: dtypes.
+        data_parallel: what is sharded over the ranks that see other data.
         pipeline: schedule over the pipeline ranks.
         recompute: what backward recomputes instead of keeping it: "none", "selective", "full", or
             regions of the model joined by "+".
@@ -73,6 +75,7 @@ class TrainingConfig(Config):
     optimizer: AdamWConfig = field(default_factory=AdamWConfig)
     schedule: WarmupCosine
     precision: Precision = field(default_factory=Precision)
+    data_parallel: DataParallelConfig = field(default_factory=DataParallelConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     recompute: str = "none"
 
