@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fivefold.parallel_core.collectives import gather_along
+from fivefold.parallel_core.data_parallel_config import DataParallelConfig
 from fivefold.parallel_core.in_flight import orders_of
 from fivefold.parallel_core.launcher import launch
 from fivefold.parallel_core.moving_window import window_peak
@@ -18,6 +19,7 @@ from .toy import ToyConfig, resized
 
 TOLERANCE = 1e-12
 CONFIG = ToyConfig(num_layers=5, num_experts=4)
+FREEING = DataParallelConfig(form="zero3")
 TIED = resized(CONFIG, tied=True, num_key_heads=1)
 
 
@@ -26,7 +28,7 @@ def cases(schedule: str) -> list[Case]:
     common = {"schedule": schedule, "stages_per_rank": stages, "precision": DOUBLE}
     return [
         Case(degrees={"tp": 2, "pp": 2, "ep": 2}, config=CONFIG, **common),
-        Case(degrees={"cp": 2, "pp": 2, "ep": 4}, config=CONFIG, **common),
+        Case(degrees={"cp": 2, "pp": 2, "ep": 4}, config=CONFIG, data=FREEING, **common),
         Case(degrees={"tp": 2, "pp": 2, "ep": 2}, config=TIED, **common),
     ]
 
