@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fivefold.moe.cache import KVCache
 from fivefold.moe.errors import MoEInputError
+from fivefold.parallel_core.sampling import draw, filter_logits
 
 if TYPE_CHECKING:
     from fivefold.moe.model import MoEForCausalLM
@@ -61,7 +62,7 @@ def generate(
     def pick(logits_bv: Tensor) -> Tensor:
         if not do_sample:
             return logits_bv.argmax(dim=-1)
-        return _draw(filter_logits(logits_bv, temperature, top_k, top_p), generator)
+        return draw(filter_logits(logits_bv, temperature, top_k, top_p), generator)
 
     tokens = [input_ids]
     cache = KVCache(input_ids.shape[1] + max_new_tokens)
@@ -101,27 +102,6 @@ def _evaluating(model: "MoEForCausalLM") -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-def filter_logits(
-    logits_bv: Tensor, temperature: float, top_k: int | None, top_p: float | None
-) -> Tensor:
-    """Logits to draw from: scaled, and minus infinity for tokens that are left out."""
-    logits_bv = logits_bv.to(torch.promote_types(logits_bv.dtype, torch.float32)) / temperature
-    if top_k is not None and top_k < logits_bv.shape[-1]:
-        least_b1 = logits_bv.topk(top_k).values[:, -1:]
-        logits_bv = logits_bv.masked_fill(logits_bv < least_b1, -torch.inf)
-    if top_p is not None and top_p < 1:
-        sorted_bv, order_bv = logits_bv.sort(descending=True, stable=True)
-        before_bv = sorted_bv.softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1)
-        before_bv[:, 0] = 0  # the likeliest token stays, whatever its probability
-        kept_bv = sorted_bv.masked_fill(before_bv >= top_p, -torch.inf)
-        logits_bv = kept_bv.scatter(-1, order_bv, kept_bv)
-    return logits_bv
-
-
-def _draw(logits_bv: Tensor, generator: torch.Generator | None) -> Tensor:
-    return logits_bv.softmax(dim=-1).multinomial(1, generator=generator)[:, 0]
 
 
 def _ends(ids: int | Sequence[int] | None) -> list[int]:

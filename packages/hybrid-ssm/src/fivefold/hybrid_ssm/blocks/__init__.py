@@ -1,0 +1,1 @@
+"""The mixers that a layer of a hybrid can have."""

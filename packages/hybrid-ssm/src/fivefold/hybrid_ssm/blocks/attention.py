@@ -1,0 +1,125 @@
+"""Causal self attention with grouped queries and without positions.
+
+Legend: B sequences, S queries here, T keys, D width of a head, H hidden width.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from fivefold.hybrid_ssm.config import HybridConfig
+from fivefold.hybrid_ssm.memory import ALONE, Context
+from fivefold.kernels import attention
+from fivefold.parallel_core.linear_group import LinearGroup
+
+Stretches = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+
+
+class AttentionCore(nn.Module):
+    """Softmax attention of queries over the keys up to their own position.
+
+    The seam of context parallelism: everything in attention that looks across positions.
+    """
+
+    def forward(
+        self,
+        q_bshd: Tensor,
+        k_bthd: Tensor,
+        v_bthd: Tensor,
+        query_start: int | None = None,
+        key_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            q_bshd: (B, S, query heads, D).
+            k_bthd: keys of positions 0 to T - 1, (B, T, key heads, D); the query heads are a
+                multiple of the key heads, and consecutive ones share a key head.
+            v_bthd: values, like the keys.
+            query_start: position of the first query; the default puts the last query at the
+                last key.
+            key_mask: (B, T), False at keys that nobody sees.
+
+        Returns:
+            (B, S, query heads, D); zeros where a query sees no key.
+        """
+        start = k_bthd.shape[1] - q_bshd.shape[1] if query_start is None else query_start
+        return self._attend(q_bshd, k_bthd, v_bthd, start, key_mask)[0]
+
+    def partial(
+        self, q_bshd: Tensor, k_bthd: Tensor, v_bthd: Tensor, offset: int
+    ) -> tuple[Tensor, Tensor]:
+        """Attend to some of the keys, to be put together with what the others give.
+
+        Args:
+            q_bshd: as in ``forward``.
+            k_bthd: as in ``forward``.
+            v_bthd: as in ``forward``.
+            offset: query i sees key j where j <= i + offset.
+
+        Returns:
+            (B, S, query heads, D), and the log-sum-exp of the scores (B, S, query heads).
+        """
+        return self._attend(q_bshd, k_bthd, v_bthd, offset, None)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, offset: int, key_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out, lse = attention(
+            q, k, v, key_mask=key_mask, is_causal=True, causal_offset=offset, return_lse=True
+        )
+        return out.transpose(1, 2), lse.transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Projections around an ``AttentionCore``.
+
+    The number of heads is what the projections give, so a rank may hold some of the heads.
+    """
+
+    def __init__(self, config: HybridConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        query_width = config.num_attention_heads * config.head_dim
+        key_width = config.num_key_value_heads * config.head_dim
+        self.qkv = LinearGroup(
+            {
+                "q_proj": nn.Linear(config.hidden_size, query_width, bias=False),
+                "k_proj": nn.Linear(config.hidden_size, key_width, bias=False),
+                "v_proj": nn.Linear(config.hidden_size, key_width, bias=False),
+            }
+        )
+        self.core = AttentionCore()
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
+
+    def forward(self, x_bsh: Tensor, context: Context = ALONE, name: str = "") -> Tensor:
+        """Hidden states (B, S, H) to (B, S, H); the layer's name finds its part of the cache."""
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv(x_bsh))
+        if context.stretches:
+            out = self._each_document(q, k, v, context.stretches)
+        elif context.cache is not None:
+            k, v = context.cache.keys_values(name).append(k, v, context.start)
+            out = self.core(q, k, v, context.start, context.key_mask)
+        elif context.key_mask is not None:
+            out = self.core(q, k, v, 0, context.key_mask)
+        else:
+            out = self.core(q, k, v)
+        return self.o_proj(out.flatten(-2))
+
+    def _each_document(self, q: Tensor, k: Tensor, v: Tensor, stretches: Stretches) -> Tensor:
+        """Attend within documents; work and memory are those of the documents, not of the row."""
+        outs = []
+        for rows, borders in stretches:
+            whole = len(rows) == q.shape[0]
+            mine = [x if whole else x[list(rows)] for x in (q, k, v)]
+            parts = [
+                self.core(*(x[:, start:stop] for x in mine))
+                for start, stop in pairwise(borders)
+            ]
+            outs.append(torch.cat(parts, dim=1))
+        if len(outs) == 1:
+            return outs[0]
+        order = [row for rows, _ in stretches for row in rows]
+        return torch.cat(outs)[torch.tensor(order, device=q.device).argsort()]

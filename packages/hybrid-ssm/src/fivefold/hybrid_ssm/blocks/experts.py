@@ -1,0 +1,142 @@
+"""Nemotron 3's mixture of experts, on fivefold-moe's router, dispatcher and folding.
+
+Every token goes through a shared expert and through some routed ones, which may work in a latent
+space of less width. Scores are sigmoids, and a bias that only the choice sees keeps the load even
+(DeepSeek-V3, arXiv 2412.19437, section 2.1.2). Needs the extra ``[moe]``.
+
+Legend: B sequences, S tokens of a sequence here, N = B * S, E experts, K experts per token,
+Q groups of experts, T rows (token copies), F expert width, I width of the experts' input,
+H hidden width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from fivefold.hybrid_ssm.blocks.mlp import MLP
+from fivefold.hybrid_ssm.config import HybridConfig
+from fivefold.hybrid_ssm.memory import ALONE, Context
+from fivefold.hybrid_ssm.precision import KeepsFloat32
+from fivefold.kernels import grouped_mm, relu2
+from fivefold.moe.dispatch import TokenDispatcher
+from fivefold.moe.folded import folded_dispatcher
+from fivefold.moe.router import Router
+from fivefold.parallel_core.losses import SideOutputs
+
+__all__ = ["ExpertsMixer", "Relu2Experts", "SigmoidRouter", "TokenDispatcher", "folded_dispatcher"]
+
+
+class SigmoidRouter(KeepsFloat32, Router):
+    """Sigmoid scores; the best experts by score plus bias, within the best groups of experts.
+
+    A group counts by the sum of its two best. The weights are the scores without the bias, made
+    to sum to 1 where the configuration says so, times a factor. The side losses are those of
+    ``fivefold.moe.router.Router``, with scores that sum to 1 for probabilities.
+
+    Attributes:
+        correction_bias: (E,), in float32 or wider whatever the model is in, without gradient.
+    """
+
+    wide = ("correction_bias",)
+
+    def __init__(self, config: HybridConfig, layer: int, side: SideOutputs):
+        super().__init__(
+            config.num_experts,
+            config.hidden_size,
+            config.num_experts_per_token,
+            side,
+            layer,
+            aux_loss_coef=config.aux_loss_coef,
+            z_loss_coef=config.z_loss_coef,
+            initializer_range=config.initializer_range,
+        )
+        self.num_groups, self.num_chosen = config.num_expert_groups, config.num_chosen_groups
+        self.normalise, self.factor = config.normalise_weights, config.routed_scaling_factor
+        self.correction_bias = nn.Parameter(torch.zeros(config.num_experts), requires_grad=False)
+
+    def forward(self, x_bsh: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states (B, S, H) to gate weights (N, K), in x's dtype, and experts (N, K)."""
+        dtype = torch.promote_types(x_bsh.dtype, torch.float32)
+        logits_bse = x_bsh.to(dtype) @ self.weight.to(dtype).T
+        scores_bse = logits_bse.sigmoid()
+        experts_bsk = self._choose(scores_bse.detach() + self.correction_bias.to(dtype))
+        weights_bsk = scores_bse.gather(-1, experts_bsk)
+        if self.normalise:
+            weights_bsk = weights_bsk / (weights_bsk.sum(dim=-1, keepdim=True) + 1e-20)
+        weights_bsk = weights_bsk * self.factor
+        if self.training:
+            probs_bse = scores_bse / (scores_bse.sum(dim=-1, keepdim=True) + 1e-20)
+            weights_bsk = self._add_side_outputs(logits_bse, probs_bse, experts_bsk, weights_bsk)
+        return weights_bsk.to(x_bsh.dtype).flatten(0, 1), experts_bsk.flatten(0, 1)
+
+    def _choose(self, biased_bse: Tensor) -> Tensor:
+        """Experts (B, S, K) by biased scores; of equal ones the lower index."""
+        if self.num_chosen < self.num_groups:
+            groups = biased_bse.unflatten(-1, (self.num_groups, -1))
+            worth_bsq = groups.topk(2, dim=-1).values.sum(dim=-1)
+            best = worth_bsq.sort(dim=-1, descending=True, stable=True).indices
+            out_bsq = torch.ones_like(worth_bsq, dtype=torch.bool)
+            out_bsq = out_bsq.scatter(-1, best[..., : self.num_chosen], False)
+            biased_bse = groups.masked_fill(out_bsq.unsqueeze(-1), -torch.inf).flatten(-2)
+        # A stable sort rather than topk, which leaves the order of equal values open.
+        order_bse = biased_bse.sort(dim=-1, descending=True, stable=True).indices
+        return order_bse[..., : self.num_experts_per_token]
+
+
+class Relu2Experts(nn.Module):
+    """``num_experts`` feed-forward networks without gates: ``down(relu(up x)²)``.
+
+    All shapes are taken from the parameters, so a rank may hold some of the experts
+    (expert parallelism) and a slice of their width (expert tensor parallelism); with a slice the
+    output is this rank's part of a sum.
+
+    Attributes:
+        up: (E, F, I).
+        down: (E, I, F).
+    """
+
+    def __init__(self, num_experts: int, input_size: int, intermediate_size: int):
+        super().__init__()
+        self.up = nn.Parameter(torch.empty(num_experts, intermediate_size, input_size))
+        self.down = nn.Parameter(torch.empty(num_experts, input_size, intermediate_size))
+
+    def forward(self, x_ti: Tensor, counts_e: Tensor) -> Tensor:
+        """Rows sorted by expert (T, I), and how many each expert gets (E,), to (T, I)."""
+        offsets_e = counts_e.cumsum(0).to(torch.int32)
+        hidden = relu2(grouped_mm(x_ti, self.up.mT, offs=offsets_e))
+        return grouped_mm(hidden, self.down.mT, offs=offsets_e)
+
+
+class ExpertsMixer(nn.Module):
+    """Routed experts, in a latent space where there is one, plus a shared expert.
+
+    Attributes:
+        router: chooses the experts.
+        dispatcher: seam; moves token copies to the experts and back.
+        experts: the networks that this rank holds.
+        shared: what every token goes through.
+        latent_in: hidden width to the experts' input; nothing where they are as wide.
+        latent_out: back.
+    """
+
+    def __init__(self, config: HybridConfig, layer: int, side: SideOutputs):
+        super().__init__()
+        hidden, bias = config.hidden_size, config.mlp_bias
+        width = hidden if config.latent_size is None else config.latent_size
+        self.router = SigmoidRouter(config, layer, side)
+        self.dispatcher = TokenDispatcher(config.num_experts)
+        self.experts = Relu2Experts(config.num_experts, width, config.expert_intermediate_size)
+        self.shared = MLP(hidden, config.shared_intermediate_size, bias)
+        self.latent_in: nn.Module = nn.Identity()
+        self.latent_out: nn.Module = nn.Identity()
+        if config.latent_size is not None:
+            self.latent_in = nn.Linear(hidden, width, bias=bias)
+            self.latent_out = nn.Linear(width, hidden, bias=bias)
+
+    def forward(self, x_bsh: Tensor, context: Context = ALONE, name: str = "") -> Tensor:
+        """Hidden states (B, S, H) to (B, S, H); each token by itself."""
+        weights_nk, experts_nk = self.router(x_bsh)
+        tokens = self.latent_in(x_bsh).flatten(0, 1)
+        rows, counts_e, state = self.dispatcher.dispatch(tokens, experts_nk)
+        rows = self.experts(rows, counts_e)
+        routed = self.latent_out(self.dispatcher.combine(rows, weights_nk, state))
+        return routed.view_as(x_bsh) + self.shared(x_bsh)
