@@ -1,6 +1,8 @@
 """AdamW on pieces; that layouts do not change it is in test_plan and test_checkpoint."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from fivefold.parallel_core.config import replace
 from fivefold.parallel_core.errors import ConfigError
 from fivefold.parallel_core.parameters import ParameterTable, Piece, Placement
 from fivefold.parallel_core.training.optimizer import (
+    TORCH_ADAMW,
     AdamWConfig,
     ShardedAdamW,
     decays,
@@ -104,6 +107,31 @@ def test_an_empty_piece_has_no_state() -> None:
     module = nn.ParameterList([torch.ones(2, 2), torch.ones(0, 2)])
     optimizer = ShardedAdamW(pieces_of(module), CONFIG)
     assert set(optimizer.parts()) == {"exp_avg.0", "exp_avg_sq.0"}
+
+
+def test_a_rank_that_holds_nothing_steps_and_has_no_state() -> None:
+    module = nn.ParameterList([torch.ones(0, 2), torch.ones(0)])
+    optimizer = ShardedAdamW(pieces_of(module), CONFIG)
+    optimizer.step(0.1)
+    assert optimizer.parts() == {}
+
+
+def test_another_optimizer_can_be_asked_for() -> None:
+    made = []
+
+    def make(params: Sequence[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
+        made.append(([group["weight_decay"] for group in params], options))
+        return torch.optim.AdamW(params, **options, foreach=True)
+
+    ours, theirs = model(), model()
+    for module, kind in ((ours, make), (theirs, TORCH_ADAMW)):
+        optimizer = ShardedAdamW(pieces_of(module), CONFIG, kind)
+        for step in range(2):
+            set_gradients(module, step)
+            optimizer.step(0.1)
+    assert made == [([0.3, 0.0], {"lr": 0.0, "betas": (0.8, 0.9), "eps": 1e-6})]
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-13, atol=0)
 
 
 def test_parts_are_both_moments_by_name() -> None:

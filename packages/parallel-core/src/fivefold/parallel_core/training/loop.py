@@ -23,7 +23,12 @@ from fivefold.parallel_core.errors import ConfigError, ParallelError
 from fivefold.parallel_core.gradients import clip, global_norm, sum_partial
 from fivefold.parallel_core.pipeline import Runner
 from fivefold.parallel_core.pipeline_config import PipelineConfig
-from fivefold.parallel_core.training.optimizer import AdamWConfig, ShardedAdamW
+from fivefold.parallel_core.training.optimizer import (
+    TORCH_ADAMW,
+    AdamWConfig,
+    MakeAdamW,
+    ShardedAdamW,
+)
 from fivefold.parallel_core.training.schedule import WarmupCosine
 from fivefold.parallel_core.training.state import Progress, load_state, save_state
 from fivefold.parallel_core.training.totals import Totals
@@ -161,6 +166,7 @@ class Trainer:
         identity: plain data that a resumed run must share (the data's fingerprint, say).
         summarise: from sums of the model's side outputs and the number of sequences to figures.
         ignore_index: target that counts as no token.
+        make_optimizer: torch's AdamW, or one that computes the same in another way.
     """
 
     def __init__(
@@ -175,12 +181,13 @@ class Trainer:
         identity: Mapping[str, Any] | None = None,
         summarise: Callable[[Mapping[str, Tensor], int], dict[str, float]] | None = None,
         ignore_index: int = -100,
+        make_optimizer: MakeAdamW = TORCH_ADAMW,
     ):
         self.config, self.model, self.runner = config, model, runner
         self.batches, self.heldout, self.checkpoints = batches, heldout, checkpoints
         self.topology = model.topology
         self.pieces = model.pieces()
-        self.optimizer = ShardedAdamW(self.pieces, config.optimizer)
+        self.optimizer = ShardedAdamW(self.pieces, config.optimizer, make_optimizer)
         self.step = self.skipped = self._skipped_in_a_row = 0
         self.heldout_loss: float | None = None
         # What decides which samples a step sees; a resumed run must agree on it.

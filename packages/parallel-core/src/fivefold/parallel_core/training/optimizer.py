@@ -1,6 +1,9 @@
 """AdamW on what a rank holds, with state that any layout can load."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,26 +38,44 @@ class AdamWConfig(Config):
             )
 
 
+class MakeAdamW(Protocol):
+    """Makes an optimizer that keeps its state under the names that ``torch.optim.AdamW`` has."""
+
+    def __call__(
+        self,
+        params: Sequence[dict[str, Any]],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+    ) -> torch.optim.Optimizer:
+        """The optimizer of these groups, which have a ``weight_decay`` each."""
+        ...
+
+
+TORCH_ADAMW: MakeAdamW = partial(torch.optim.AdamW, fused=True)
+
+
 class ShardedAdamW:
-    """``torch.optim.AdamW`` on each rank's pieces.
+    """AdamW on each rank's pieces.
 
     Args:
         pieces: what this rank holds, from the table of parameters.
         config: constants.
+        make: torch's AdamW, or one that computes the same in another way.
     """
 
-    def __init__(self, pieces: list[Piece], config: AdamWConfig):
+    def __init__(self, pieces: list[Piece], config: AdamWConfig, make: MakeAdamW = TORCH_ADAMW):
         # Plain local tensors: stepping on DTensors costs a dispatch for every operation.
         self._held = [(piece, piece.local) for piece in pieces if piece.local.numel()]
         matrices = [tensor for piece, tensor in self._held if decays(piece)]
         others = [tensor for piece, tensor in self._held if not decays(piece)]
         groups = [(matrices, config.weight_decay), (others, 0.0)]
-        self._optimizer = torch.optim.AdamW(
-            [{"params": tensors, "weight_decay": w} for tensors, w in groups if tensors],
+        self._optimizer = make(
+            [{"params": tensors, "weight_decay": w} for tensors, w in groups],
             lr=0.0,
             betas=config.betas,
             eps=config.eps,
-            fused=True,
         )
         for _, tensor in self._held:
             self._optimizer.state[tensor] = {
