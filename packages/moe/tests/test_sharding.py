@@ -19,6 +19,8 @@ UNEVEN = with_model(num_layers=3)
 DEEP = with_model(num_layers=5)
 HEADS = with_model(num_key_value_heads=4)
 TIED = with_model(tie_word_embeddings=True)
+ONE_KEY_HEAD = with_model(num_key_value_heads=1)
+DEEP_TIED = with_model(num_layers=5, tie_word_embeddings=True)
 ZERO3 = DataParallelConfig(form="zero3")
 BFLOAT16 = Precision(compute="bfloat16")
 
@@ -44,6 +46,17 @@ CASES = [
     case(tp=2, cp=2, etp=2, ep=4, microbatch_size=4),
     case(cp=8, ep=4, microbatch_size=8),
     case(TIED, tp=2, ep=4),
+    case(tp=4, ep=2, etp=4),  # two key heads over four ranks
+    case(ONE_KEY_HEAD, tp=4, ep=8, recompute="full"),
+    case(
+        ONE_KEY_HEAD,
+        tp=2,
+        cp=2,
+        ep=2,
+        context=ContextConfig(attention="heads", split="zigzag"),
+    ),
+    case(TIED, tp=4, pp=2, ep=4),  # and two key heads over four ranks
+    case(DEEP_TIED, tp=2, pp=2, ep=4, stages_per_rank=2),
     case(tp=2, ep=4, order="ep-cp-tp-dp-pp"),
     case(tp=2, cp=2, etp=2, ep=2, order="dp-ep-cp-tp-pp", microbatch_size=4),
     case(tp=2, pp=2, ep=4),  # CP·TP 2, EP·ETP 4
@@ -129,7 +142,11 @@ def test_bfloat16_is_near() -> None:
             {"tp": 4},
             r"num_attention_heads=6 cannot be split over tp=4; tp may be 1, 2, 3, 6$",
         ),
-        ({}, {"tp": 4}, r"num_key_value_heads=2 cannot be split over tp=4; tp may be 1, 2$"),
+        (
+            {"num_attention_heads": 12, "num_key_value_heads": 3, "head_dim": 4},
+            {"tp": 4},
+            r"num_key_value_heads=3 cannot be split over tp=4; tp may be a divisor or a multiple",
+        ),
         (
             {"num_experts": 12},
             {"ep": 8},
@@ -145,11 +162,6 @@ def test_bfloat16_is_near() -> None:
             {"tp": 2, "cp": 4},
             r"sequence_length=12 cannot be split over tp\*cp=8; tp\*cp may be 1, 2, 3, 4, 6, 12$",
         ),
-        (
-            {"tie_word_embeddings": True},
-            {"pp": 2},
-            r"tie_word_embeddings with pp=2: .* use pp=1 or untie them$",
-        ),
     ],
 )
 def test_check_names_what_does_not_fit(
@@ -157,6 +169,15 @@ def test_check_names_what_does_not_fit(
 ) -> None:
     with pytest.raises(MoEConfigError, match=message):
         sharding.check(with_model(**changes), Layout(8, **degrees), 12)
+
+
+def test_check_knows_what_ulysses_needs_of_the_key_heads() -> None:
+    model = with_model(num_attention_heads=24, num_key_value_heads=6, head_dim=4)
+    message = r"num_key_value_heads=3 of a tensor rank cannot be split over cp=2; cp may be a"
+    with pytest.raises(MoEConfigError, match=message):
+        sharding.check(model, Layout(4, tp=2, cp=2), 16, ContextConfig(attention="heads"))
+    sharding.check(model, Layout(4, tp=2, cp=2), 16)
+    sharding.check(model, Layout(6, tp=2, cp=3), 12, ContextConfig(attention="heads"))
 
 
 def test_check_lists_only_the_first_of_many_legal_values() -> None:

@@ -67,11 +67,12 @@ def plan(config: MoEConfig, context: ContextConfig | None = None) -> Plan:
         context: how attention crosses a split sequence.
     """
     context = ContextConfig() if context is None else context
+    key_heads = dict.fromkeys(("k_proj", "v_proj"), config.num_key_value_heads)
     return {
         "embed_tokens": VocabParallel(),
         "positions": ContextPositions(context.split),
         "layers.*.input_norm": Replicate(),
-        "layers.*.attention.qkv": ColumnParallel(),
+        "layers.*.attention.qkv": ColumnParallel(heads=key_heads),
         "layers.*.attention.core": SplitContext(context.attention, context.split),
         "layers.*.attention.o_proj": RowParallel(),
         "layers.*.mlp_norm": Replicate(),
@@ -100,7 +101,6 @@ def check(
     context = ContextConfig() if context is None else context
     sizes = [
         ("num_attention_heads", config.num_attention_heads, "tp", layout.tp),
-        ("num_key_value_heads", config.num_key_value_heads, "tp", layout.tp),
         ("num_experts", config.num_experts, "ep", layout.ep),
         ("expert_intermediate_size", config.expert_intermediate_size, "etp", layout.etp),
     ]
@@ -117,10 +117,22 @@ def check(
             raise MoEConfigError(
                 f"{name}={size} cannot be split over {axis}={degree}; {axis} may be {shown}"
             )
-    if config.tie_word_embeddings and layout.pp > 1:
+    _check_key_heads(config.num_key_value_heads, "tp", layout.tp)
+    if context.attention == "heads":
+        _check_key_heads(max(config.num_key_value_heads // layout.tp, 1), "cp", layout.cp)
+
+
+def _check_key_heads(num_heads: int, axis: str, degree: int) -> None:
+    """Check that ranks get whole key heads, or copies of one.
+
+    Raises:
+        MoEConfigError: neither of heads and ranks divides the other.
+    """
+    if num_heads % degree and degree % num_heads:
+        each = "" if axis == "tp" else " of a tensor rank"
         raise MoEConfigError(
-            f"tie_word_embeddings with pp={layout.pp}: the embedding is on the first stage and the "
-            "output layer on the last; use pp=1 or untie them"
+            f"num_key_value_heads={num_heads}{each} cannot be split over {axis}={degree}; {axis} "
+            f"may be a divisor or a multiple of {num_heads}"
         )
 
 
