@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fivefold.hybrid_ssm.errors import HybridInputError
+from fivefold.kernels.derivatives import in_transform
 
 Wanted = tuple[tuple[str, Tensor | None, tuple[int, ...]], ...]
 
@@ -45,8 +46,18 @@ def check_ids(name: str, seq_ids: Tensor | None) -> None:
 
 def check_no_gradient(name: str, instead: str, *tensors: Tensor | None) -> None:
     """Raise ``HybridInputError`` where autograd would miss what an op writes in place."""
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+    if wants_gradient(*tensors):
         raise HybridInputError(
             f"{name} writes in place and has no gradient, and a tensor requires one: use "
             f"torch.no_grad(), or {instead}, which has gradients"
         )
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether somebody may ask for the gradient of one of them."""
+    if not torch.is_grad_enabled():
+        return False
+    # The compiler traces within a transform of its own, which wants nothing.
+    if not torch.compiler.is_compiling() and in_transform():
+        return True
+    return any(x is not None and x.requires_grad for x in tensors)

@@ -13,7 +13,7 @@ from fivefold.hybrid_ssm.ops.checks import check_ids, check_shapes
 from fivefold.hybrid_ssm.ops.documents import count_documents
 from fivefold.kernels.op import define
 
-BACKENDS = ("reference",)
+BACKENDS = ("cpu", "reference")
 
 
 @define("fivefold_hybrid_ssm", backends=BACKENDS)
@@ -116,6 +116,11 @@ def check(
     )
     check_shapes("causal_conv1d", x, wanted)
     check_ids("causal_conv1d", seq_ids)
+    if initial_state is not None and initial_state.dtype != x.dtype:
+        raise HybridInputError(
+            "causal_conv1d keeps inputs as they are: its initial_state has the dtype of x, found "
+            f"{initial_state.dtype} and {x.dtype}"
+        )
 
 
 def check_taps(

@@ -8,11 +8,10 @@ from torch import Tensor
 from fivefold.hybrid_ssm.errors import HybridInputError
 from fivefold.hybrid_ssm.ops.causal_conv1d import causal_conv1d
 from fivefold.hybrid_ssm.ops.causal_conv1d.op import check_taps
-from fivefold.hybrid_ssm.ops.checks import check_no_gradient, check_shapes
-from fivefold.kernels.derivatives import wants_gradient
+from fivefold.hybrid_ssm.ops.checks import check_no_gradient, check_shapes, wants_gradient
 from fivefold.kernels.op import define
 
-BACKENDS = ("reference",)
+BACKENDS = ("cpu", "reference")
 
 
 @define("fivefold_hybrid_ssm", backends=BACKENDS, mutates=("state",))
@@ -38,7 +37,7 @@ def apply(
 ) -> tuple[Tensor, Tensor]:
     """See ``conv_update``: in place on a copy, or a sequence of one token for its gradients."""
     check(state, x, weight, bias, activation)
-    if not any(map(wants_gradient, (state, x, weight, bias))):
+    if not wants_gradient(state, x, weight, bias):
         state = state.clone()
         return conv_update_step(state, x, weight, bias, activation == "silu", backend), state
     found = causal_conv1d(

@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 
 from fivefold.hybrid_ssm.errors import HybridInputError
-from fivefold.hybrid_ssm.ops.checks import check_limits, check_no_gradient, check_shapes
+from fivefold.hybrid_ssm.ops.checks import (
+    check_limits,
+    check_no_gradient,
+    check_shapes,
+    wants_gradient,
+)
 from fivefold.hybrid_ssm.ops.ssd_scan import ssd_scan
-from fivefold.kernels.derivatives import wants_gradient
 from fivefold.kernels.op import define
 
-BACKENDS = ("reference",)
+BACKENDS = ("cpu", "reference")
 
 
 @define("fivefold_hybrid_ssm", backends=BACKENDS, mutates=("state",))
@@ -53,7 +57,7 @@ def apply(
 ) -> tuple[Tensor, Tensor]:
     """See ``state_update``: in place on a copy, or the scan of one token for its gradients."""
     check(state, x, dt, A, B, C, D, z, dt_bias, dt_limit)
-    if not any(map(wants_gradient, (state, x, dt, A, B, C, D, z, dt_bias))):
+    if not wants_gradient(state, x, dt, A, B, C, D, z, dt_bias):
         state = state.clone()
         limits = (float(dt_limit[0]), float(dt_limit[1]))
         y = state_update_step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *limits, backend)
