@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fivefold.parallel_core.collectives import all_gather, all_to_all, gather_along
+from fivefold.parallel_core.documents import Documents, Partial, attend_blocks
 from fivefold.parallel_core.errors import ConfigError
 from fivefold.parallel_core.sequence_split import Split, held
 from fivefold.parallel_core.topology import Axis
@@ -22,7 +23,8 @@ class ContextCore(nn.Module):
 
     Args:
         core: called as ``core(q, k, v, query_start=...)``: causal attention of queries at
-            consecutive positions from ``query_start`` on over the keys from position 0 on.
+            consecutive positions from ``query_start`` on over the keys from position 0 on. Packed
+            documents need ``core.partial`` besides, see ``documents.Partial``.
         axis: the ranks that split the sequence.
         split: how they split it.
     """
@@ -31,18 +33,54 @@ class ContextCore(nn.Module):
         super().__init__()
         self.core, self.axis, self.split = core, axis, split
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, query_start: int | None = None) -> Tensor:
-        """(B, P, heads, D) queries, keys and values to (B, P, heads, D)."""
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        query_start: int | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        """(B, P, heads, D) queries, keys and values to (B, P, heads, D).
+
+        Args:
+            q: of this rank's tokens.
+            k: of this rank's tokens.
+            v: of this rank's tokens.
+            query_start: refused, as there is no cache of keys over a split sequence.
+            documents: of this rank's tokens, where several are packed into a sequence.
+
+        Raises:
+            ValueError: a cache is used.
+            ConfigError: the documents do not fit the tokens or the core.
+        """
         if query_start is not None:
             raise ValueError(
                 "a key-value cache was passed to attention under context parallelism "
                 f"(cp={self.axis.size}); generate with cp=1"
             )
-        return self.attend(q, k, v)
+        if documents is not None:
+            documents.check(q)
+        return self.attend(q, k, v, documents)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
         """What ``forward`` computes."""
         raise NotImplementedError
+
+    @property
+    def partial(self) -> Partial:
+        """The core's attention of some queries to some keys, with its log-sum-exp.
+
+        Raises:
+            ConfigError: it has none.
+        """
+        partial: Partial | None = getattr(self.core, "partial", None)
+        if partial is None:
+            raise ConfigError(
+                f"packed documents need an attention core with partial(q, k, v, offset), which "
+                f"{type(self.core).__name__} has not; train on one document in each sequence"
+            )
+        return partial
 
     def held(self, length: int, rank: int | None = None) -> tuple[range, ...]:
         """Positions that a rank holds where every rank holds ``length``; the default is this."""
@@ -56,16 +94,20 @@ class GatheredContext(ContextCore):
     Every rank attends from its own queries. As in Llama 3's training (arXiv 2407.21783).
     """
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One call of the core for each stretch of queries."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+        """One call of the core for each stretch of queries, or for its documents."""
         kv = all_gather(torch.cat((k, v), dim=-1), self.axis, dim=1)
         k, v = restore_order(kv, self.axis, self.split).split((k.shape[-1], v.shape[-1]), dim=-1)
-        stretches = self.held(q.shape[1])
-        # The core masks what lies after a query; what lies after all of them need not be read.
-        outs = [
-            self.core(part, k[:, : at.stop], v[:, : at.stop], query_start=at.start)
-            for at, part in zip(stretches, q.chunk(len(stretches), dim=1), strict=True)
-        ]
+        outs, first = [], 0
+        for at in self.held(q.shape[1]):
+            # The core masks what lies after a query; what lies after all of them is not read.
+            seen = (q[:, first : first + len(at)], k[:, : at.stop], v[:, : at.stop])
+            if documents is None:
+                outs.append(self.core(*seen, query_start=at.start))
+            else:
+                blocks = documents.blocks(at, first, range(at.stop))
+                outs.append(attend_blocks(self.partial, *seen, blocks)[0])
+            first += len(at)
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
 
@@ -76,8 +118,11 @@ class HeadsContext(ContextCore):
     key heads than ranks are repeated first, so that each rank has the one its queries share.
     """
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Two exchanges around one call of the core."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+        """Two exchanges around one call of the core.
+
+        The documents of the whole sequence are gathered once for all layers.
+        """
         size = self.axis.size
         if q.shape[2] % size or (k.shape[2] % size and size % k.shape[2]):
             raise ConfigError(
@@ -88,7 +133,10 @@ class HeadsContext(ContextCore):
         if k.shape[2] < size:
             k, v = (x.repeat_interleave(size // x.shape[2], dim=2) for x in (k, v))
         q, k, v = (self._tokens_for_heads(x) for x in (q, k, v))
-        return self._heads_for_tokens(self.core(q, k, v, query_start=0))
+        if documents is None:
+            return self._heads_for_tokens(self.core(q, k, v, query_start=0))
+        whole = documents.whole(lambda starts: gather_held(starts, self.axis, self.split))
+        return self._heads_for_tokens(whole.attend(self.partial, q, k, v))
 
     def _tokens_for_heads(self, x: Tensor) -> Tensor:
         """(B, P, heads, D) to (B, S, heads/cp, D), positions in order."""

@@ -7,6 +7,7 @@ Legend: B sequences, P tokens here, H heads, D width of a head.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from fivefold.parallel_core.collectives import start_shift
 from fivefold.parallel_core.context import ContextCore
+from fivefold.parallel_core.documents import Documents, attend_blocks
 from fivefold.parallel_core.topology import Axis
 
 
@@ -22,23 +24,18 @@ class RingContext(ContextCore):
 
     Beside what every core can do, this needs ``core.partial(q, k, v, offset)``: attention in which
     query i sees the keys up to i + ``offset``, and its log-sum-exp (B, queries, H), differentiable;
-    0 and -inf for a query that sees none. With the zigzag split all ranks work equally.
+    0 and -inf for a query that sees none. With the zigzag split all ranks work equally. Keys of
+    packed documents pass all ranks, and only those of a rank's own documents are worked on.
     """
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
         """One turn of the ring."""
-        return _Ring.apply(q, k, v, self)
+        return _Ring.apply(q, k, v, self, documents)
 
-    def partial(self, q: Tensor, k: Tensor, v: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-        """The core's attention of some queries to some keys, and its log-sum-exp."""
-        core: Any = self.core
-        return core.partial(q, k, v, offset)
-
-    def pairs(self, length: int, source: int) -> Iterator[tuple[slice, slice, int]]:
-        """Stretches of queries here and keys of rank ``source`` that see each other.
-
-        Yields the query slice, the key slice, and the offset between their positions.
-        """
+    def pairs(
+        self, length: int, source: int, documents: Documents | None = None
+    ) -> Iterator["Pair"]:
+        """Stretches of queries here and keys of rank ``source`` that see each other."""
         start = 0
         for queries in self.held(length):
             mine = slice(start, start + len(queries))
@@ -46,8 +43,38 @@ class RingContext(ContextCore):
             for keys in self.held(length, source):
                 theirs = slice(first, first + len(keys))
                 first = theirs.stop
-                if keys.start < queries.stop:
-                    yield mine, theirs, queries.start - keys.start
+                attend = self._attention(queries, mine.start, keys, documents)
+                if attend is not None:
+                    yield Pair(mine, theirs, attend)
+
+    def _attention(
+        self, queries: range, first: int, keys: range, documents: Documents | None
+    ) -> "Attend | None":
+        """How some queries see some keys; None where none sees any."""
+        if documents is None:
+            offset = queries.start - keys.start
+            sees = keys.start < queries.stop
+            return (lambda q, k, v: self.partial(q, k, v, offset)) if sees else None
+        blocks = documents.blocks(queries, first, keys)
+        return (lambda q, k, v: attend_blocks(self.partial, q, k, v, blocks)) if blocks else None
+
+
+Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A stretch of queries and one of keys, as slices of what their ranks hold.
+
+    Attributes:
+        queries: here.
+        keys: of another rank.
+        attend: gives their partial result.
+    """
+
+    queries: slice
+    keys: slice
+    attend: Attend
 
 
 class _Ring(torch.autograd.Function):
@@ -58,18 +85,21 @@ class _Ring(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: RingContext) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: RingContext, documents: Documents | None
+    ) -> Tensor:
         wide = torch.promote_types(q.dtype, torch.float32)
         out = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=wide)
         lse = q.new_full(q.shape[:-1], -torch.inf, dtype=wide)
         for source, kv in _travelling(torch.cat((k, v), dim=-1), ring.axis):
             key, value = kv.split((k.shape[-1], v.shape[-1]), dim=-1)
-            for mine, theirs, offset in ring.pairs(q.shape[1], source):
-                part = ring.partial(q[:, mine], key[:, theirs], value[:, theirs], offset)
+            for pair in ring.pairs(q.shape[1], source, documents):
+                mine, theirs = pair.queries, pair.keys
+                part = pair.attend(q[:, mine], key[:, theirs], value[:, theirs])
                 _merge(out[:, mine], lse[:, mine], *part)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.ring = ring
+        ctx.ring, ctx.documents = ring, documents
         return out
 
     @staticmethod
@@ -83,15 +113,16 @@ class _Ring(torch.autograd.Function):
         for source, kv in _travelling(torch.cat((k, v), dim=-1), ring.axis):
             # Its gradient travels behind it, one more hop than it, home to its own rank.
             dkv = torch.zeros_like(kv, dtype=lse.dtype) if arrive is None else arrive()
-            for mine, theirs, offset in ring.pairs(q.shape[1], source):
-                parts = (q[:, mine], *(x[:, theirs] for x in kv.split(widths, dim=-1)), offset)
+            for pair in ring.pairs(q.shape[1], source, ctx.documents):
+                mine, theirs = pair.queries, pair.keys
+                inputs = (q[:, mine], *(x[:, theirs] for x in kv.split(widths, dim=-1)))
                 upstream = (dout[:, mine], lse[:, mine], delta[:, mine])
-                *gradients, dvalue = _part_backward(ring, parts, upstream)
+                *gradients, dvalue = _part_backward(pair.attend, inputs, upstream)
                 dq[:, mine] += gradients[0]
                 dkv[:, theirs] += torch.cat((gradients[1], dvalue), dim=-1)
             arrive = start_shift(dkv, ring.axis)
         dk, dv = arrive().to(k.dtype).split(widths, dim=-1) if arrive is not None else (None, None)
-        return dq.to(q.dtype), dk, dv, None
+        return dq.to(q.dtype), dk, dv, None, None
 
 
 def _travelling(x: Tensor, axis: Axis) -> Iterator[tuple[int, Tensor]]:
@@ -114,14 +145,13 @@ def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
 
 
 def _part_backward(
-    ring: RingContext, parts: tuple[Any, ...], upstream: tuple[Tensor, Tensor, Tensor]
+    attend: Attend, inputs: tuple[Tensor, ...], upstream: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, ...]:
     """Gradients of one part's queries, keys and values; its forward is repeated."""
-    *inputs, offset = parts
     dout, lse, delta = upstream
     query, key, value = leaves = [x.detach().requires_grad_() for x in inputs]
     with torch.enable_grad():
-        part, part_lse = ring.partial(query, key, value, offset)
+        part, part_lse = attend(query, key, value)
     seen = lse.masked_fill(lse.isneginf(), 0)
     weight = (part_lse.detach() - seen).exp()
     dpart = dout * weight.unsqueeze(-1)
