@@ -13,7 +13,6 @@ from fivefold.hybrid_ssm.pattern import (
     MLP,
     parse_pattern,
     pattern_of_words,
-    words_of_pattern,
 )
 
 # A limit beyond this is none: files write infinity so, as JSON has no infinity.
@@ -134,9 +133,10 @@ def config_from_hf(config: Mapping[str, Any]) -> HybridConfig:
 def config_to_hf(config: HybridConfig) -> dict[str, Any]:
     """Write their configuration; what it computes is what ours computes.
 
-    The layers are written twice: ``hybrid_override_pattern`` for remote code of the first
-    releases, ``layer_types`` for transformers' class. Its third name for them,
-    ``layers_block_type``, is a property without a setter in that remote code, which would fail.
+    The layers are written as ``hybrid_override_pattern``, which both read. The other names, which
+    transformers' class writes too, would keep the remote code of the first releases from loading:
+    there ``layers_block_type`` is a property without a setter, and its base class refuses
+    ``layer_types`` with an MLP among them.
     """
     idle = [name for letter in set(_OF_KIND) - config.kinds for name in _OF_KIND[letter]]
     written = {
@@ -174,13 +174,11 @@ def _nemotron_layers(config: HybridConfig) -> dict[str, Any]:
         "architectures": ["NemotronHForCausalLM"],
         "num_hidden_layers": config.num_layers,
         "hybrid_override_pattern": config.pattern,
-        "layer_types": words_of_pattern(config.pattern),
         "mlp_hidden_act": "relu2",
         "mamba_hidden_act": "silu",
     }
     if config.num_nextn_predict_layers:
         layers["mtp_hybrid_override_pattern"] = config.mtp_pattern
-        layers["mtp_layers_block_type"] = words_of_pattern(config.mtp_pattern)
     return layers
 
 

@@ -21,7 +21,6 @@ _WORDS = {
     "mlp": MLP,
     "moe": EXPERTS,
 }
-_NEW_WORDS = {MAMBA: "linear_attention", ATTENTION: "full_attention", MLP: "mlp", EXPERTS: "moe"}
 _PIPELINE, _MTP = "|", "/"
 
 
@@ -81,12 +80,3 @@ def pattern_of_words(words: Any, key: str) -> str:
             f"{key} has {unknown[0]!r} in config.json; legal names: {', '.join(_WORDS)}"
         )
     return "".join(_WORDS[word] for word in words)
-
-
-def words_of_pattern(pattern: str) -> list[str]:
-    """Names of transformers since version 5 of a pattern's layers.
-
-    >>> words_of_pattern("M*")
-    ['linear_attention', 'full_attention']
-    """
-    return [_NEW_WORDS[letter] for letter in pattern]
