@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fivefold.kernels import BackendError, cli
+from fivefold.kernels import BackendError, cli, commands, samples
 from fivefold.kernels.cli import main
 
 
@@ -50,6 +50,23 @@ def test_which_takes_all_ops_by_default(capsys: pytest.CaptureFixture[str]) -> N
         assert f"kernels/{op}, called with" in out
 
 
+def test_an_op_that_cannot_be_imported_hides_no_other(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(name: str, package: str) -> Any:
+        if name == "relu2":
+            raise ImportError("half an op")
+        return samples.load(name, package)
+
+    monkeypatch.setattr(commands, "load", load)
+    assert main(["which", "relu2", "rms_norm"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "kernels/relu2: ImportError: half an op"
+    assert lines[1].startswith("kernels/rms_norm, called with ")
+    with pytest.raises(ImportError):
+        main(["which", "relu2", "--debug"])
+
+
 def test_which_obeys_the_environment(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,7 +104,7 @@ def test_report_refuses_a_table_that_is_none(
 
 
 def test_a_wrong_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    for line in ([], ["dance"], ["report", "--target", "sm_13"]):
+    for line in ([], ["dance"], ["report", "--jobs", "0"], ["report", "--target", "sm_13"]):
         with pytest.raises(SystemExit) as end:
             main(line)
         assert end.value.code == 2

@@ -1,9 +1,5 @@
 """Ratios, shares and the file."""
 
-import json
-
-import pytest
-
 from fivefold.kernels.bench import record
 from fivefold.kernels.bench.record import Case, Result, summarize
 
@@ -49,19 +45,3 @@ def test_summaries_compare_by_the_same_clock() -> None:
     assert (eager["cpu"]["ratio"], eager["wall"]["ratio"]) == (1.5, 2.5)
     assert content["results"][2]["summary"] == {}
     assert content["results"][1]["seconds"] == {"cpu": [3.0], "wall": [5.0]}
-
-
-def test_file_is_replaced_whole(tmp_path, monkeypatch) -> None:
-    path = tmp_path / "results.json"
-    record.write(path, {"a": 1})
-    with pytest.raises(TypeError):
-        record.write(path, {"a": object()})
-
-    def killed(*_):
-        raise OSError("disk")
-
-    monkeypatch.setattr(record.Path, "replace", killed)
-    with pytest.raises(OSError, match="disk"):
-        record.write(path, {"a": 2})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert [each.name for each in tmp_path.iterdir()] == ["results.json"]

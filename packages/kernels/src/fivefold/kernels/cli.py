@@ -6,12 +6,10 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
+from fivefold.kernels.arguments import FAILED, INTERRUPTED, WRONG_USAGE, add_ops
 from fivefold.kernels.bench.command import add_arguments as add_bench
 from fivefold.kernels.errors import KernelError, KernelInputError
 from fivefold.kernels.offline.command import add_arguments as add_report
-
-FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
-"""Exit statuses after an error, a wrong command line (argparse's too) and Ctrl-C."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,12 +68,7 @@ def _add_which(parser: argparse.ArgumentParser) -> None:
         "For tensors on the CPU and on a CUDA device, print the backend that runs each part of an "
         "op, and of every other backend why it does not."
     )
-    parser.add_argument(
-        "ops",
-        nargs="*",
-        metavar="OP",
-        help="rms_norm, or moe/permute for another package's (default: all ops)",
-    )
+    add_ops(parser)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fivefold.kernels.arguments import FAILED
 from fivefold.kernels.backends import asked_everywhere, chosen_unasked
 from fivefold.kernels.errors import BackendError
 from fivefold.kernels.op import OPS, Op
@@ -17,13 +18,24 @@ from fivefold.kernels.selection import select
 
 
 def which(options: argparse.Namespace) -> int:
-    """``fivefold-kernels which``."""
+    """``fivefold-kernels which``; 1 where an op cannot be imported or called."""
+    status = 0
     for package, name in select(options.ops):
-        op = load(name, package)
-        print(f"{package}/{name}, called with {op.laptop[0].name}")
-        for device in ("cpu", "cuda"):
-            _print_device(op, device)
-    return 0
+        try:
+            _print_op(package, name)
+        except Exception as error:  # whatever: an op in the making must not hide the others
+            if options.debug:
+                raise
+            print(f"{package}/{name}: {type(error).__name__}: {error}")
+            status = FAILED
+    return status
+
+
+def _print_op(package: str, name: str) -> None:
+    op = load(name, package)
+    print(f"{package}/{name}, called with {op.laptop[0].name}")
+    for device in ("cpu", "cuda"):
+        _print_device(op, device)
 
 
 def _print_device(op: OpSamples, device: str) -> None:

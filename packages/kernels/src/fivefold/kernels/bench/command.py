@@ -4,10 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from fivefold.kernels.arguments import INTERRUPTED, WRONG_USAGE, add_ops, count, seconds
+
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 DEVICES = ("cpu", "cuda")
-
-WRONG_USAGE, INTERRUPTED = 2, 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,12 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "in one interleaved run, with the roofline floor beside each. A contender whose results "
         "or gradients differ is reported and not timed."
     )
-    parser.add_argument(
-        "ops",
-        nargs="*",
-        metavar="OP",
-        help="rms_norm, or moe/permute for another package's (default: all ops)",
-    )
+    add_ops(parser)
     parser.add_argument("--device", metavar="cpu|cuda", help="default: cuda where there is one")
     parser.add_argument(
         "--dtype",
@@ -42,12 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="time the backend that is chosen unasked, or every one that this machine has",
     )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--threads", type=_count, default=1, metavar="N", help="of a CPU")
+    parser.add_argument("--threads", type=count, default=1, metavar="N", help="of a CPU")
     parser.add_argument(
-        "--repeats", type=_count, default=100, metavar="N", help="rounds of a case, at most"
+        "--repeats", type=count, default=100, metavar="N", help="rounds of a case, at most"
     )
     parser.add_argument(
-        "--seconds", type=_seconds, default=1.0, metavar="S", help="for the rounds of a case"
+        "--seconds", type=seconds, default=1.0, metavar="S", help="for the rounds of a case"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all times there as well")
 
@@ -78,19 +73,3 @@ def run(options: argparse.Namespace) -> int:
 def _say(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"needs a whole number from 1 on, found {text!r}")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"needs a number of seconds above 0, found {text!r}")
-    return value

@@ -1,12 +1,13 @@
 """What was measured: plain data, the arithmetic on it, and the file that keeps it."""
 
 import json
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from fivefold.kernels import files
 
 SCHEMA = 1
 
@@ -117,13 +118,8 @@ def as_json(case: Case) -> dict[str, Any]:
 
 
 def write(path: Path, record: dict[str, Any]) -> None:
-    """Replace a JSON file by a new one, at once: a reader finds one or the other whole."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(record, indent=1) + "\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Replace a JSON file by a new one, at once."""
+    files.replace(path, json.dumps(record, indent=1) + "\n")
 
 
 def _quotient(numerator: float, denominator: float) -> float | None:

@@ -16,6 +16,7 @@ from fivefold.kernels.bench.stopwatch import Stopwatch
 from fivefold.kernels.samples import Cost
 
 _SECONDS = 0.3
+_AT_LEAST = 3  # times, however busy the machine is
 _COPY_BYTES = {"cpu": 1 << 27, "cuda": 1 << 29}
 _MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
 
@@ -71,7 +72,7 @@ class Roofline:
         call()
         times: list[float] = []
         end = time.perf_counter() + _SECONDS
-        while not times or time.perf_counter() < end:
+        while len(times) < _AT_LEAST or time.perf_counter() < end:
             times.append(self._watch.time(call)[self._watch.basis])
         return max(min(times), 1e-9)
 

@@ -1,7 +1,6 @@
 """A run of the command: its cases one after the other, printed and written as they end."""
 
 import argparse
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from fivefold.kernels.bench.record import Case
 from fivefold.kernels.bench.roofline import Roofline, total
 from fivefold.kernels.bench.stopwatch import CPUStopwatch, GPUStopwatch
 from fivefold.kernels.errors import KernelInputError
+from fivefold.kernels.files import check_writable
 from fivefold.kernels.samples import Inputs, Maker, OpSamples, Sample, load
 from fivefold.kernels.selection import select
 
@@ -51,7 +51,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
             cannot be written.
     """
     phases = {"forward": (FORWARD,), "backward": (BOTH,), "both": (FORWARD, BOTH)}
-    _check_file(options.json)
+    check_writable(options.json)
     return Settings(
         device=_device(options.device),
         dtypes=_dtypes(options.dtype),
@@ -233,16 +233,6 @@ def _dtypes(asked: str | None) -> tuple[torch.dtype, ...]:
         if name not in DTYPES:
             raise KernelInputError(f"there is no dtype {name!r}; there are {', '.join(DTYPES)}")
     return tuple(getattr(torch, name) for name in dict.fromkeys(names))
-
-
-def _check_file(path: Path | None) -> None:
-    """Before the measurement, not after it."""
-    if path is None:
-        return
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise KernelInputError(
-            f"cannot write {path}: it has to be a file in a folder that exists and can be written"
-        )
 
 
 def _short(dtype: torch.dtype) -> str:

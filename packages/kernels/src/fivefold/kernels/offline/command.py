@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from fivefold.kernels.arguments import add_ops, count
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``report`` to its parser; imports nothing heavy."""
@@ -11,12 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "without a GPU, and print registers, spills, shared memory, tensor-core instructions and "
         "the widths of global loads and stores. Exits with 1 where a kernel does not compile."
     )
-    parser.add_argument(
-        "ops",
-        nargs="*",
-        metavar="OP",
-        help="rms_norm, or moe/permute for another package's (default: all ops)",
-    )
+    add_ops(parser)
     parser.add_argument(
         "--target",
         nargs="+",
@@ -25,25 +22,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="targets",
         help="architectures (default: all three)",
     )
-    parser.add_argument("--json", metavar="FILE", help="write one record a kernel and target too")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write one record a kernel and target too"
+    )
     parser.add_argument(
         "--check",
+        type=Path,
         metavar="FILE",
         help="compare with a table that --json wrote; exit with 1 where something got worse",
     )
     parser.add_argument(
-        "--jobs", type=int, metavar="N", help="kernels compiled at once (default: one a core)"
+        "--jobs", type=count, metavar="N", help="kernels compiled at once (default: one a core)"
     )
 
 
 def run(options: argparse.Namespace) -> int:
     """``fivefold-kernels report``; 1 where a kernel does not compile or is worse than before."""
+    from fivefold.kernels.files import check_writable
     from fivefold.kernels.offline import records
     from fivefold.kernels.offline.compare import broken_laws, compare
     from fivefold.kernels.offline.report import describe, differences, survey
     from fivefold.kernels.selection import select
 
-    table = records.read(Path(options.check)) if options.check else None
+    check_writable(options.json)
+    table = records.read(options.check) if options.check else None
     found, failures = survey(select(options.ops), options.targets, options.jobs)
     print(records.table(found))
     lines = [describe(failure) for failure in failures]
@@ -51,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     for line in lines:
         print(line)
     if options.json:
-        records.write(Path(options.json), found)
+        records.write(options.json, found)
     worse = False
     if table is not None:
         comparison = compare(found, table)

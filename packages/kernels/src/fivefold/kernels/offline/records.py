@@ -1,12 +1,11 @@
 """What is known of a kernel's machine code for one architecture, in a table and in a file."""
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fivefold.kernels import files
 from fivefold.kernels.errors import KernelInputError
 
 # Of a sample in the table; files have it whole.
@@ -97,15 +96,7 @@ def write(path: Path, records: Iterable[Record]) -> None:
     """Write records in one step and in a fixed order, so that files can be compared."""
     ordered = [asdict(record) for record in sorted(records, key=lambda record: record.key)]
     lines = ",\n".join(f"  {json.dumps(record)}" for record in ordered)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(f"[\n{lines}\n]\n" if lines else "[]\n")
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    files.replace(path, f"[\n{lines}\n]\n" if lines else "[]\n")
 
 
 def read(path: Path) -> list[Record]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fivefold.kernels.errors import KernelInputError
+from fivefold.kernels.operands import sum_dtype
 
 State = dict[str, Any]
 
@@ -31,7 +32,7 @@ def complete(state: State, param: Tensor, group: dict[str, Any], average: bool) 
         group: whose options it has.
         average: whether this step enters the average.
     """
-    dtype = torch.promote_types(param.dtype, torch.float32)
+    dtype = sum_dtype(param.dtype)
     has_master = group["master_weights"] and param.dtype != dtype
     if "step" not in state:
         state["step"] = _zero(param)
@@ -81,7 +82,7 @@ def restore(state: dict[Tensor, State], groups: list[dict[str, Any]], saved: Sta
 
 
 def _restored_dtype(name: str, value: Tensor, param: Tensor) -> torch.dtype:
-    wide = torch.promote_types(param.dtype, torch.float32)
+    wide = sum_dtype(param.dtype)
     if name in ("master", "ema"):
         return wide
     return value.dtype if value.dtype in (param.dtype, wide) else param.dtype

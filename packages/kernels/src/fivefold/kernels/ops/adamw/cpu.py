@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fivefold.kernels import native
+from fivefold.kernels.operands import sum_dtype
 from fivefold.kernels.ops.adamw import tables
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -64,4 +65,4 @@ def gradient_norm(grads: list[Tensor]) -> Tensor:
         norm,
         torch.get_num_threads(),
     )
-    return norm.to(torch.promote_types(grads[0].dtype, torch.float32))
+    return norm.to(sum_dtype(grads[0].dtype))

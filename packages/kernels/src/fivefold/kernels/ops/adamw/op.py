@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fivefold.kernels.errors import KernelInputError
 from fivefold.kernels.op import define
+from fivefold.kernels.operands import sum_dtype
 from fivefold.kernels.ops.adamw.layout import Rows, alike, lie_alike
 
 BACKENDS = ("triton", "cpu", "reference")
@@ -67,12 +68,7 @@ def adamw_step(
 @define("fivefold_kernels", backends=BACKENDS)
 def gradient_norm(grads: list[Tensor], backend: str | None) -> Tensor:
     """Tensors without gaps to their common Euclidean norm, ()."""
-    return torch.empty((), dtype=wide(grads[0].dtype), device=grads[0].device)
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What is computed in."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.empty((), dtype=sum_dtype(grads[0].dtype), device=grads[0].device)
 
 
 @torch.no_grad()
@@ -90,7 +86,7 @@ def apply(
         return
     check(states, settings)
     grads = states.grads
-    computed = wide(states.params[0].dtype)
+    computed = sum_dtype(states.params[0].dtype)
     if (grads[0].dtype == torch.float64) != (computed == torch.float64):
         grads = [each.to(computed) for each in grads]
     given: Rows = [
@@ -137,7 +133,7 @@ def apply_norm(grads: list[Tensor], backend: str | None) -> Tensor:
 def check(states: States, settings: Tensor) -> None:
     """Raise ``KernelInputError`` unless lists, shapes, dtypes and devices fit together."""
     param_dtype, device = states.params[0].dtype, states.params[0].device
-    computed = wide(param_dtype)
+    computed = sum_dtype(param_dtype)
     allowed: dict[str, tuple[torch.dtype, ...]] = {
         "params": DTYPES,
         "grads": DTYPES,

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from fivefold.kernels.operands import widened
+
 
 def adamw_step(
     params: list[Tensor],
@@ -71,7 +73,7 @@ def _average(
 
 def _wide(tensors: list[Tensor]) -> list[Tensor]:
     """In the dtype that is computed in: the same tensors where they are of it."""
-    return [each.to(torch.promote_types(each.dtype, torch.float32)) for each in tensors]
+    return [widened(each) for each in tensors]
 
 
 def _store(stored: list[Tensor], computed: list[Tensor]) -> None:

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fivefold.kernels.launch import launch
+from fivefold.kernels.operands import sum_dtype
 from fivefold.kernels.ops.adamw import tables
 from fivefold.kernels.triton_parts import accumulator
 
@@ -70,7 +71,7 @@ def adamw_step(
     starts, numels = tables.addresses([*valued, steps, average_counts]), tables.sizes(params)
     num_tensors, device = len(params), params[0].device
     addresses, sizes = tables.table(starts, device), tables.table((numels,), device)
-    compute = torch.promote_types(params[0].dtype, torch.float32)
+    compute = sum_dtype(params[0].dtype)
     shared = torch.empty((_SHARED_ROWS, num_tensors), dtype=compute, device=device)
     launch(
         _share_kernel,
@@ -113,7 +114,7 @@ def gradient_norm(grads: list[Tensor]) -> Tensor:
     starts, numels, device = tables.addresses([grads]), tables.sizes(grads), grads[0].device
     addresses, sizes = tables.table(starts, device), tables.table((numels,), device)
     kinds = tables.pieces(starts, numels, _PIECE, device)
-    compute = torch.promote_types(grads[0].dtype, torch.float32)
+    compute = sum_dtype(grads[0].dtype)
     num_pieces = sum(len(pieces) for _, pieces in kinds)
     partial = torch.empty(num_pieces, dtype=compute, device=device)
     done = 0

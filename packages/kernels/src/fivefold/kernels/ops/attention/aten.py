@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from fivefold.kernels.operands import sum_dtype
 from fivefold.kernels.ops.attention.reference import by_position, visible
 from fivefold.kernels.ops.attention.shapes import rows_of
 
@@ -153,7 +154,7 @@ def _over_shared_heads(gradient: Tensor, key: Tensor) -> Tensor:
     heads = key.shape[2]
     if gradient.shape[1] == heads:
         return gradient
-    wide = torch.promote_types(gradient.dtype, torch.float32)
+    wide = sum_dtype(gradient.dtype)
     return gradient.unflatten(1, (heads, -1)).sum(2, dtype=wide).to(gradient.dtype)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fivefold.kernels.autocast import as_autocast
 from fivefold.kernels.op import define
+from fivefold.kernels.operands import sum_dtype
 from fivefold.kernels.ops.attention.shapes import Leading, Options, check
 
 __all__ = ["Options", "apply", "attention_backward", "attention_forward"]
@@ -32,7 +33,7 @@ def attention_forward(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """The result (B, R, H, Tq, Dv) and the log-sum-exp of the scores (B, R, H, Tq)."""
-    lse_dtype = torch.promote_types(query.dtype, torch.float32)
+    lse_dtype = sum_dtype(query.dtype)
     return (
         _by_position(query, value.shape[-1]),
         query.new_empty(query.shape[:-1], dtype=lse_dtype),

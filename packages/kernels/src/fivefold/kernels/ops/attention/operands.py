@@ -9,6 +9,7 @@ import struct
 import torch
 from torch import Tensor
 
+from fivefold.kernels.operands import sum_dtype
 from fivefold.kernels.ops.attention.shapes import rows_of
 from fivefold.kernels.sizes import next_power_of_2
 from fivefold.kernels.triton_parts import accumulator, float32_precision
@@ -50,7 +51,7 @@ class Call:
         self.bias_strides = _bias_strides(bias, heads, num_queries, key.shape[3])
         self.numbers = (*sizes, *band, *_in_two(scale))
         self.widest = max(width, value.shape[-1])
-        self.wide = torch.promote_types(query.dtype, torch.float32)
+        self.wide = sum_dtype(query.dtype)
         self.constants = {
             "WIDTH": width,
             "V_WIDTH": value.shape[-1],

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fivefold.kernels.operands import widened
+
 # So many scores are made at once: 64 MiB in float32.
 _SCORES_AT_ONCE = 1 << 24
 
@@ -25,7 +27,7 @@ def attention_forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The result (B, R, H, Tq, Dv) and the log-sum-exp of the scores (B, R, H, Tq)."""
-    key_brgkd, value_brgkd = _wide(key), _wide(value)
+    key_brgkd, value_brgkd = widened(key), widened(value)
     outs, lses = [], []
     for some in _some_queries(query, key):
         scores_brhqk = _scores(query[..., some, :], key_brgkd, scale)
@@ -55,12 +57,12 @@ def attention_backward(
     wants_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and bias, that of bias empty (0,) where not wanted."""
-    key_brgkd, value_brgkd = _wide(key), _wide(value)
+    key_brgkd, value_brgkd = widened(key), widened(value)
     dkey, dvalue = torch.zeros_like(key_brgkd), torch.zeros_like(value_brgkd)
     dquery = torch.empty_like(query)
     dbias = query.new_empty(0) if bias is None or not wants_dbias else _zeros(bias)
     seen_brhq = lse != -torch.inf
-    delta_brhq = (_wide(dout) * _wide(out)).sum(-1)
+    delta_brhq = (widened(dout) * widened(out)).sum(-1)
     delta_brhq = delta_brhq if dlse is None else delta_brhq - dlse
     delta_brhq = delta_brhq.masked_fill(~seen_brhq, 0)
     lse_brhq = lse.masked_fill(~seen_brhq, torch.inf)
@@ -68,7 +70,7 @@ def attention_backward(
         scores_brhqk = _scores(query[..., some, :], key_brgkd, scale)
         scores_brhqk = _biased(scores_brhqk, some, bias, key_mask, band_start, band_end)
         p_brhqk = (scores_brhqk - lse_brhq[..., some, None]).exp()
-        dout_brhqd = _wide(dout[..., some, :])
+        dout_brhqd = widened(dout[..., some, :])
         dvalue += _reduced(p_brhqk, dout_brhqd, dvalue)
         ds_brhqk = _product(dout_brhqd, value_brgkd.mT) - delta_brhq[..., some, None]
         ds_brhqk *= p_brhqk
@@ -76,7 +78,7 @@ def attention_backward(
             part = dbias[:, :, some] if bias.shape[2] > 1 else dbias
             part += ds_brhqk.sum(1).sum_to_size(part.shape)
         ds_brhqk *= scale
-        dkey += _reduced(ds_brhqk, _wide(query[..., some, :]), dkey)
+        dkey += _reduced(ds_brhqk, widened(query[..., some, :]), dkey)
         dquery[..., some, :] = _product(ds_brhqk, key_brgkd).to(query.dtype)
     dkey, dvalue = dkey.to(key.dtype), dvalue.to(value.dtype)
     dbias = dbias if bias is None else dbias.to(bias.dtype if wants_dbias else query.dtype)
@@ -97,7 +99,7 @@ def _some_queries(query: Tensor, key: Tensor) -> Iterator[slice]:
 
 
 def _scores(query: Tensor, key_brgkd: Tensor, scale: float) -> Tensor:
-    return _product(_wide(query) * scale, key_brgkd.mT)
+    return _product(widened(query) * scale, key_brgkd.mT)
 
 
 def _biased(
@@ -154,9 +156,4 @@ def _grouped(x_brhqx: Tensor, num_shared: int) -> Tensor:
 
 
 def _zeros(bias: Tensor) -> Tensor:
-    return torch.zeros(bias.shape, dtype=_wide(bias[:0]).dtype, device=bias.device)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In the dtype that sums are made in: at least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return torch.zeros(bias.shape, dtype=widened(bias[:0]).dtype, device=bias.device)

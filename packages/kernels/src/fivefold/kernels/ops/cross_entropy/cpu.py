@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fivefold.kernels import native
+from fivefold.kernels.operands import dense_rows, sum_dtype
 from fivefold.kernels.ops.cross_entropy.reference import check_range
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
@@ -33,7 +34,7 @@ def cross_entropy_forward(
 ) -> tuple[Tensor, Tensor]:
     """The losses (N,) and log-sum-exps (N,)."""
     check_range(target, logits.shape[1], ignore_index)
-    logits, dtype = _rows(logits), torch.promote_types(logits.dtype, torch.float32)
+    logits, dtype = dense_rows(logits), sum_dtype(logits.dtype)
     loss = torch.empty(logits.shape[0], dtype=dtype)
     lse = torch.empty(logits.shape[0], dtype=dtype)
     weight, total = _weights(weight, logits.shape[1], dtype)
@@ -67,7 +68,7 @@ def cross_entropy_backward(
     z_loss: float,
 ) -> Tensor:
     """The gradient of ``logits`` (N, V)."""
-    logits = _rows(logits)
+    logits = dense_rows(logits)
     dlogits = torch.empty(logits.shape, dtype=logits.dtype)
     weight, total = _weights(weight, logits.shape[1], lse.dtype)
     native.call(
@@ -102,8 +103,3 @@ def _weights(
 
 def _indices(target: Tensor) -> Tensor:
     return target.to(torch.int64).contiguous()
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Rows whose values lie side by side, at any distance from row to row."""
-    return x if x.stride(1) == 1 else x.contiguous()

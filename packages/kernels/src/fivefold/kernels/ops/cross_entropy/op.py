@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fivefold.kernels.errors import KernelInputError
 from fivefold.kernels.op import define
+from fivefold.kernels.operands import sum_dtype
 
 BACKENDS = ("triton", "cpu", "reference")
 REDUCTIONS = ("mean", "sum", "none")
@@ -40,7 +41,7 @@ def cross_entropy_forward(
 
     The log-sum-exp of a token that is ignored may be any number.
     """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
+    dtype = sum_dtype(logits.dtype)
     num_tokens = logits.shape[0]
     return logits.new_empty(num_tokens, dtype=dtype), logits.new_empty(num_tokens, dtype=dtype)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fivefold.kernels.errors import KernelInputError
+from fivefold.kernels.operands import sum_dtype, widened
 
 # A MiB in float32: more leaves the cache, less spends its time on starting ops.
 _VALUES_AT_A_TIME = 1 << 18
@@ -32,8 +33,8 @@ def cross_entropy_forward(
     check_range(target, logits.shape[1], ignore_index)
     counts_n, index_n = _indices(target, ignore_index)
     weight_v = _class_weights(weight, logits)
-    lse_n = torch.cat([torch.logsumexp(_wide(x), 1) for x in _some_rows(logits)])
-    picked_n = _wide(logits.gather(1, index_n.unsqueeze(1)).squeeze(1))
+    lse_n = torch.cat([torch.logsumexp(widened(x), 1) for x in _some_rows(logits)])
+    picked_n = widened(logits.gather(1, index_n.unsqueeze(1)).squeeze(1))
     loss_n = (lse_n - picked_n) * weight_v[index_n]
     if label_smoothing:
         spread_n = _mean_over_classes(logits, lse_n, weight_v)
@@ -57,7 +58,7 @@ def cross_entropy_backward(
     counts_n, index_n = _indices(target, ignore_index)
     weight_v = _class_weights(weight, logits)
     shared_v = weight_v * (label_smoothing / logits.shape[1])
-    dloss_n = torch.where(counts_n, _wide(dloss), 0)
+    dloss_n = torch.where(counts_n, widened(dloss), 0)
     hit_n = (1 - label_smoothing) * weight_v[index_n]
     slope_n = (hit_n + shared_v.sum() + 2 * z_loss * lse) * dloss_n
     hit_n = hit_n * dloss_n
@@ -70,7 +71,7 @@ def cross_entropy_backward(
         strict=True,
     ):
         index_r1, lse_r1, counts_r1, slope_r1, hit_r1, dloss_r1 = (c.unsqueeze(1) for c in columns)
-        gradient_rv = torch.sub(_wide(x), lse_r1).exp_().mul_(slope_r1)
+        gradient_rv = torch.sub(widened(x), lse_r1).exp_().mul_(slope_r1)
         if label_smoothing:
             gradient_rv.addcmul_(dloss_r1, shared_v, value=-1)
         gradient_rv.scatter_add_(1, index_r1, -hit_r1)
@@ -98,7 +99,7 @@ def check_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
 def _mean_over_classes(logits: Tensor, lse_n: Tensor, weight_v: Tensor) -> Tensor:
     """What the losses (N,) would be with every class as the target, on average."""
     rows = zip(_some_rows(logits), lse_n.split(_rows(logits)), strict=True)
-    sums = [(lse.unsqueeze(1) - _wide(x)) @ weight_v for x, lse in rows]
+    sums = [(lse.unsqueeze(1) - widened(x)) @ weight_v for x, lse in rows]
     return torch.cat(sums) / logits.shape[1]
 
 
@@ -109,7 +110,7 @@ def _indices(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
 
 
 def _class_weights(weight: Tensor | None, logits: Tensor) -> Tensor:
-    dtype = torch.promote_types(logits.dtype, torch.float32)
+    dtype = sum_dtype(logits.dtype)
     return logits.new_ones(logits.shape[1], dtype=dtype) if weight is None else weight.to(dtype)
 
 
@@ -119,8 +120,3 @@ def _some_rows(x: Tensor) -> tuple[Tensor, ...]:
 
 def _rows(x: Tensor) -> int:
     return max(1, _VALUES_AT_A_TIME // x.shape[1])
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In the dtype that sums are made in: at least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fivefold.kernels.launch import launch
+from fivefold.kernels.operands import dense_rows, sum_dtype
 from fivefold.kernels.sizes import next_power_of_2
 from fivefold.kernels.triton_parts import accumulator
 
@@ -30,9 +31,9 @@ def cross_entropy_forward(
     z_loss: float,
 ) -> tuple[Tensor, Tensor]:
     """The losses (N,) and log-sum-exps (N,)."""
-    logits = _rows(logits)
+    logits = dense_rows(logits)
     num_tokens, num_classes = logits.shape
-    dtype = torch.promote_types(logits.dtype, torch.float32)
+    dtype = sum_dtype(logits.dtype)
     loss = torch.empty(num_tokens, dtype=dtype, device=logits.device)
     lse = torch.empty(num_tokens, dtype=dtype, device=logits.device)
     vector = 16 // logits.element_size()
@@ -70,7 +71,7 @@ def cross_entropy_backward(
     z_loss: float,
 ) -> Tensor:
     """The gradient of ``logits`` (N, V)."""
-    logits = _rows(logits)
+    logits = dense_rows(logits)
     num_tokens, num_classes = logits.shape
     dlogits = torch.empty((num_tokens, num_classes), dtype=logits.dtype, device=logits.device)
     tile = 32 * _WARPS_BACKWARD * _LOADS_BACKWARD * (16 // logits.element_size())
@@ -215,11 +216,6 @@ def _backward_kernel(
     dx = tl.where(counts, dx * dloss, 0)
     out = dlogits_ptr + row * num_classes + cols
     tl.store(out, dx.to(dlogits_ptr.dtype.element_ty), mask=inside)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Rows whose values lie side by side, at any distance from row to row."""
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _contiguous(weight: Tensor | None) -> Tensor | None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fivefold.kernels.operands import sum_dtype
 from fivefold.kernels.ops.fp8_quantize.reference import fp8_quantize
 
 _E4M3 = torch.float8_e4m3fn
@@ -24,7 +25,7 @@ def fp8_linear_forward(
     keep_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The result (M, N), bytes of ``x`` (K, M) and scale, bytes of ``weight`` (K, N) and scale."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = sum_dtype(x.dtype)
     x_mk, x_t, x_scale = fp8_quantize(x.detach(), _E4M3, power_of_2, keep_x)
     weight_nk, weight_t, weight_scale = fp8_quantize(
         weight.detach(), _E4M3, power_of_2, keep_weight
@@ -46,7 +47,7 @@ def fp8_linear_backward(
     power_of_2: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``x`` (M, K) and ``weight`` (N, K); (0,) where the other was not kept."""
-    wide = torch.promote_types(dy.dtype, torch.float32)
+    wide = sum_dtype(dy.dtype)
     dy_fp8, _, dy_scale = fp8_quantize(dy, grad_dtype, power_of_2, False)
     dy_mn = dy_fp8.to(wide) / dy_scale
     dx, dweight = dy.new_empty(0), dy.new_empty(0)

@@ -6,12 +6,14 @@ Legend: O outer, I inner, N values in a row; rows are (O, I).
 import torch
 from torch import Tensor
 
+from fivefold.kernels.operands import sum_dtype
+
 
 def layer_norm_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result (O, I, N), mean and 1/std (O, I)."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = sum_dtype(x.dtype)
     y, mean, rstd = torch.native_layer_norm(
         x.to(wide), x.shape[2:], _to(weight, wide), _to(bias, wide), eps
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fivefold.kernels import native
+from fivefold.kernels.operands import sum_dtype
 from fivefold.kernels.ops.layer_norm.rows import side_by_side
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -29,7 +30,7 @@ def layer_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result (O, I, N), mean and 1/std (O, I)."""
     x = side_by_side(x)
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = sum_dtype(x.dtype)
     y = torch.empty(tuple(x.shape), dtype=x.dtype)
     mean = torch.empty(tuple(x.shape[:2]), dtype=wide)
     rstd = torch.empty(tuple(x.shape[:2]), dtype=wide)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fivefold.kernels.errors import KernelInputError
 from fivefold.kernels.op import define
+from fivefold.kernels.operands import sum_dtype
 from fivefold.kernels.ops.layer_norm.rows import as_rows
 
 BACKENDS = ("triton", "cpu", "aten", "reference")
@@ -25,7 +26,7 @@ def layer_norm_forward(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``x`` (O, I, N), ``weight`` and ``bias`` (N,) to ``y`` like x, mean and 1/std (O, I)."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = sum_dtype(x.dtype)
     mean = x.new_empty(x.shape[:2], dtype=wide)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     return y, mean, torch.empty_like(mean)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fivefold.kernels.launch import launch, num_sms
+from fivefold.kernels.operands import sum_dtype
 from fivefold.kernels.ops.layer_norm.rows import side_by_side
 from fivefold.kernels.sizes import next_power_of_2
 from fivefold.kernels.triton_parts import accumulator
@@ -36,7 +37,7 @@ def layer_norm_forward(
     x = side_by_side(x)
     outer, inner, width = x.shape
     y = torch.empty((outer, inner, width), dtype=x.dtype, device=x.device)
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = sum_dtype(x.dtype)
     mean = torch.empty((outer, inner), dtype=wide, device=x.device)
     rstd = torch.empty((outer, inner), dtype=wide, device=x.device)
     tile = _tile(width, values=4096)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fivefold.kernels.operands import sum_dtype
 from fivefold.kernels.ops.cross_entropy.reference import check_range
 
 # Bytes of a chunk's logits and their gradient. On a GPU the weight's gradient, which is read and
@@ -162,7 +163,7 @@ class Gradients:
     def __init__(self, x: Tensor, linear_weight: Tensor, needed: list[bool]):
         self._x, self._weight, self._needed = x, linear_weight, needed
         num_classes, width = linear_weight.shape
-        dtype, device = torch.promote_types(x.dtype, torch.float32), x.device
+        dtype, device = sum_dtype(x.dtype), x.device
         self.found = (
             torch.empty(x.shape if needed[0] else (0,), dtype=x.dtype, device=device),
             torch.empty((num_classes, width) if needed[1] else (0,), dtype=dtype, device=device),

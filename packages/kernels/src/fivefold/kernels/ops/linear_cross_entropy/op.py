@@ -12,6 +12,7 @@ from fivefold.kernels.autocast import as_autocast
 from fivefold.kernels.derivatives import keep_sources, wants_gradient
 from fivefold.kernels.errors import KernelInputError
 from fivefold.kernels.op import define
+from fivefold.kernels.operands import sum_dtype
 from fivefold.kernels.ops.cross_entropy.op import Options, check, divisor
 
 BACKENDS = ("triton", "cpu", "reference")
@@ -30,7 +31,7 @@ def linear_cross_entropy_tokens(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """``x`` (N, D), ``linear_weight`` (V, D), ``target`` (N,) to losses and log-sum-exps (N,)."""
-    dtype = _sum_dtype(x)
+    dtype = sum_dtype(x.dtype)
     return x.new_empty(x.shape[0], dtype=dtype), x.new_empty(x.shape[0], dtype=dtype)
 
 
@@ -71,7 +72,7 @@ def linear_cross_entropy_sum(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sum of the losses, and its gradients as ``linear_cross_entropy_backward`` gives them."""
-    total = x.new_empty((), dtype=_sum_dtype(x))
+    total = x.new_empty((), dtype=sum_dtype(x.dtype))
     return total, *_empty_gradients(x, linear_weight, needed)
 
 
@@ -191,10 +192,6 @@ def _empty_gradients(
     num_classes, width = linear_weight.shape
     return (
         x.new_empty(x.shape if needed[0] else 0),
-        x.new_empty((num_classes, width) if needed[1] else 0, dtype=_sum_dtype(x)),
-        x.new_empty(num_classes if needed[2] else 0, dtype=_sum_dtype(x)),
+        x.new_empty((num_classes, width) if needed[1] else 0, dtype=sum_dtype(x.dtype)),
+        x.new_empty(num_classes if needed[2] else 0, dtype=sum_dtype(x.dtype)),
     )
-
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

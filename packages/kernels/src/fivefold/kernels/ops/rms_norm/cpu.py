@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fivefold.kernels import native
+from fivefold.kernels.operands import dense_rows, sum_dtype
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -31,9 +32,9 @@ def rms_norm_forward(
     group_size: int,
 ) -> tuple[Tensor, Tensor]:
     """The result (R, N) and 1/rms (R, G)."""
-    x, gate = _rows(x), None if gate is None else _rows(gate)
+    x, gate = dense_rows(x), None if gate is None else dense_rows(gate)
     num_rows, width = x.shape
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = sum_dtype(x.dtype)
     y = torch.empty((num_rows, width), dtype=x.dtype)
     rstd = torch.empty((num_rows, width // max(group_size, 1)), dtype=wide)
     native.call(
@@ -67,7 +68,11 @@ def rms_norm_backward(
     group_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``x``, ``weight`` and ``gate``; empty (0,) where absent."""
-    dy, x, gate = _rows(dy), _rows(x), None if gate is None else _rows(gate)
+    dy, x, gate = (
+        dense_rows(dy),
+        dense_rows(x),
+        None if gate is None else dense_rows(gate),
+    )
     num_rows, width = x.shape
     num_threads = torch.get_num_threads()
     dx = torch.empty((num_rows, width), dtype=x.dtype)
@@ -109,8 +114,3 @@ def _rows_of(name: str, inputs: tuple[object, ...]) -> list[Tensor]:
     """The tensors (R, N) among the inputs of an op."""
     found = (inputs[0], inputs[2]) if name == "rms_norm_forward" else (*inputs[:2], inputs[3])
     return [each for each in found if isinstance(each, Tensor)]
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Rows whose values lie side by side, at any distance from row to row."""
-    return x if x.stride(1) == 1 else x.contiguous()

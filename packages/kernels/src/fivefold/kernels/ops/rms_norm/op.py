@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fivefold.kernels.errors import KernelInputError
 from fivefold.kernels.op import define
+from fivefold.kernels.operands import sum_dtype
 
 BACKENDS = ("triton", "cpu", "reference")
 
@@ -29,7 +30,7 @@ def rms_norm_forward(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """``x`` and ``gate`` (R, N), ``weight`` (N,) to the result (R, N) and 1/rms (R, G)."""
-    rstd_dtype = torch.promote_types(x.dtype, torch.float32)
+    rstd_dtype = sum_dtype(x.dtype)
     groups = x.shape[1] // max(group_size, 1)
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),

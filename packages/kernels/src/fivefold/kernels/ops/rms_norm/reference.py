@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fivefold.kernels.operands import widened
+
 
 def rms_norm_forward(
     x: Tensor,
@@ -17,16 +19,16 @@ def rms_norm_forward(
     group_size: int,
 ) -> tuple[Tensor, Tensor]:
     """The result (R, N) and 1/rms (R, G)."""
-    x_rn = _wide(x)
+    x_rn = widened(x)
     if gate is not None and gate_first:
-        x_rn = x_rn * F.silu(_wide(gate))
+        x_rn = x_rn * F.silu(widened(gate))
     x_rgs = _grouped(x_rn, group_size)
     rstd_rg = torch.rsqrt(x_rgs.square().mean(-1) + eps)
     y_rn = (x_rgs * rstd_rg.unsqueeze(-1)).reshape(x.shape)
     if weight is not None:
-        y_rn = y_rn * _wide(weight)
+        y_rn = y_rn * widened(weight)
     if gate is not None and not gate_first:
-        y_rn = y_rn * F.silu(_wide(gate))
+        y_rn = y_rn * F.silu(widened(gate))
     return y_rn.to(x.dtype), rstd_rg
 
 
@@ -40,14 +42,14 @@ def rms_norm_backward(
     group_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``x``, ``weight`` and ``gate``; empty (0,) where absent."""
-    dy_rn, x_rn = _wide(dy), _wide(x)
-    silu_rn = None if gate is None else F.silu(_wide(gate))
+    dy_rn, x_rn = widened(dy), widened(x)
+    silu_rn = None if gate is None else F.silu(widened(gate))
     inner_rn = x_rn * silu_rn if silu_rn is not None and gate_first else x_rn
     normed_rgs = _grouped(inner_rn, group_size) * rstd.unsqueeze(-1)
     normed_rn = normed_rgs.reshape(x.shape)
 
     dscaled_rn = dy_rn if silu_rn is None or gate_first else dy_rn * silu_rn
-    dnormed_rn = dscaled_rn if weight is None else dscaled_rn * _wide(weight)
+    dnormed_rn = dscaled_rn if weight is None else dscaled_rn * widened(weight)
     dnormed_rgs = _grouped(dnormed_rn, group_size)
     projection_rg1 = (dnormed_rgs * normed_rgs).mean(-1, keepdim=True)
     dinner_rgs = (dnormed_rgs - normed_rgs * projection_rg1) * rstd.unsqueeze(-1)
@@ -61,8 +63,8 @@ def rms_norm_backward(
     if gate is not None:
         dsilu_rn = dinner_rn * x_rn if gate_first else dy_rn * normed_rn
         if weight is not None and not gate_first:
-            dsilu_rn = dsilu_rn * _wide(weight)
-        dgate = (dsilu_rn * _silu_slope(_wide(gate))).to(gate.dtype)
+            dsilu_rn = dsilu_rn * widened(weight)
+        dgate = (dsilu_rn * _silu_slope(widened(gate))).to(gate.dtype)
     return dx_rn.to(x.dtype), dweight, dgate
 
 
@@ -75,8 +77,3 @@ def _grouped(x_rn: Tensor, group_size: int) -> Tensor:
     # Not unflatten with -1: a row of no values has no groups, and that must not be an error.
     num_groups = x_rn.shape[1] // max(group_size, 1)
     return x_rn.reshape(x_rn.shape[0], num_groups, group_size)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In the dtype that sums are made in: at least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fivefold.kernels.launch import launch, num_sms
+from fivefold.kernels.operands import dense_rows, sum_dtype
 from fivefold.kernels.sizes import next_power_of_2
 from fivefold.kernels.triton_parts import accumulator, sigmoid
 
@@ -37,12 +38,12 @@ def rms_norm_forward(
     group_size: int,
 ) -> tuple[Tensor, Tensor]:
     """The result (R, N) and 1/rms (R, G)."""
-    x, gate = _rows(x), None if gate is None else _rows(gate)
+    x, gate = dense_rows(x), None if gate is None else dense_rows(gate)
     num_rows, width = x.shape
     num_groups = width // max(group_size, 1)
     y = torch.empty((num_rows, width), dtype=x.dtype, device=x.device)
     compute = accumulator(x.dtype)
-    rstd_dtype = torch.promote_types(x.dtype, torch.float32)
+    rstd_dtype = sum_dtype(x.dtype)
     rstd = torch.empty((num_rows, num_groups), dtype=rstd_dtype, device=x.device)
     tile = _tile(group_size, values=4096)
     launch(
@@ -79,7 +80,11 @@ def rms_norm_backward(
     group_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``x``, ``weight`` and ``gate``; empty (0,) where absent."""
-    dy, x, gate = _rows(dy), _rows(x), None if gate is None else _rows(gate)
+    dy, x, gate = (
+        dense_rows(dy),
+        dense_rows(x),
+        None if gate is None else dense_rows(gate),
+    )
     num_rows, width = x.shape
     num_groups = width // max(group_size, 1)
     tile = _tile(group_size, values=4096)
@@ -237,11 +242,6 @@ def _backward_kernel(
     if HAS_WEIGHT:
         at = partial_ptr + program.to(tl.int64) * width + values
         tl.store(at, tl.sum(dweight, axis=0), mask=col_in)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Rows whose values lie side by side, at any distance from row to row."""
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _tile(group_size: int, values: int) -> dict[str, int]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fivefold.kernels import native
+from fivefold.kernels.operands import sum_dtype
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -27,7 +28,7 @@ def rotary(
     y = torch.empty(x.shape, dtype=x.dtype)
     y_bthd = y.transpose(1, 2) if heads_first else y
     x_bthd = _dense(x.transpose(1, 2) if heads_first else x)
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = sum_dtype(x.dtype)
     cos_btp, sin_btp = _dense(cos.to(wide)), _dense(sin.to(wide))
     native.call(
         native.load(SOURCE).rotary,

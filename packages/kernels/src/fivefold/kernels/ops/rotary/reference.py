@@ -6,6 +6,8 @@ Legend: B sequences, T tokens, H heads, D values in a head, P pairs of them that
 import torch
 from torch import Tensor
 
+from fivefold.kernels.operands import sum_dtype
+
 
 def rotary(
     x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, heads_first: bool, inverse: bool
@@ -13,7 +15,7 @@ def rotary(
     """``x``, rotated, and back if ``inverse``; contiguous."""
     num_rotated = 2 * cos.shape[-1]
     rotated, passed = x[..., :num_rotated], x[..., num_rotated:]
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = sum_dtype(x.dtype)
     heads = 1 if heads_first else 2
     cos_p, sin_p = cos.to(wide).unsqueeze(heads), sin.to(wide).unsqueeze(heads)
     sin_p = -sin_p if inverse else sin_p

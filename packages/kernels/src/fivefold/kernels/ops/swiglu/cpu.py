@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fivefold.kernels import native
+from fivefold.kernels.operands import dense_rows, sum_dtype
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -48,7 +49,7 @@ def swiglu_backward(
     dgate = torch.empty(gate.shape, dtype=gate.dtype)
     dup = gate.new_empty(0) if up is None else torch.empty_like(dgate)
     dgate_rf, dup_rf = _halves(dgate, None if up is None else dup)
-    dy, (gate_rf, up_rf) = _rows(dy), _halves(gate, up)
+    dy, (gate_rf, up_rf) = dense_rows(dy), _halves(gate, up)
     num_rows, width = dy.shape
     scale = _wide(row_scale, gate.dtype)
     sums = None if scale is None else torch.empty_like(scale)
@@ -78,18 +79,13 @@ def swiglu_backward(
 def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows of gate and of up, taken from one tensor where ``up`` is None."""
     if up is not None:
-        return _rows(gate), _rows(up)
-    gate = _rows(gate)
+        return dense_rows(gate), dense_rows(up)
+    gate = dense_rows(gate)
     width = gate.shape[1] // 2
     return gate[:, :width], gate[:, width:]
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Rows whose values lie side by side, at any distance from row to row."""
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _wide(row_scale: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if row_scale is None:
         return None
-    return row_scale.to(torch.promote_types(dtype, torch.float32)).contiguous()
+    return row_scale.to(sum_dtype(dtype)).contiguous()

@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fivefold.kernels.operands import widened
+
 
 def swiglu_forward(gate: Tensor, up: Tensor | None, row_scale: Tensor | None) -> Tensor:
     """The result (R, F)."""
     gate_rf, up_rf = _halves(gate, up)
-    y_rf = F.silu(_wide(gate_rf)) * _wide(up_rf)
+    y_rf = F.silu(widened(gate_rf)) * widened(up_rf)
     if row_scale is not None:
         y_rf = y_rf * row_scale.to(y_rf.dtype).unsqueeze(1)
     return y_rf.to(gate.dtype).contiguous()
@@ -21,8 +23,8 @@ def swiglu_backward(
     dy: Tensor, gate: Tensor, up: Tensor | None, row_scale: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``gate``, ``up`` and ``row_scale``; empty (0,) where absent."""
-    gate_rf, up_rf = (_wide(each) for each in _halves(gate, up))
-    dy_rf, silu_rf = _wide(dy), F.silu(gate_rf)
+    gate_rf, up_rf = (widened(each) for each in _halves(gate, up))
+    dy_rf, silu_rf = widened(dy), F.silu(gate_rf)
     dscale = gate.new_empty(0)
     if row_scale is not None:
         dscale = (dy_rf * silu_rf * up_rf).sum(1).to(row_scale.dtype)
@@ -39,8 +41,3 @@ def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
         return gate, up
     first, second = gate.chunk(2, dim=1)
     return first, second
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In the dtype that products are made in: at least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

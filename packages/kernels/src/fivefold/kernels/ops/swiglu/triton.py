@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fivefold.kernels.launch import launch
+from fivefold.kernels.operands import dense_rows
 from fivefold.kernels.sizes import next_power_of_2
 from fivefold.kernels.triton_parts import accumulator, sigmoid
 
@@ -50,7 +51,7 @@ def swiglu_backward(
     dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     dup = gate.new_empty(0) if up is None else torch.empty_like(dgate)
     dgate_rf, dup_rf = _halves(dgate, None if up is None else dup)
-    dy, (gate_rf, up_rf) = _rows(dy), _halves(gate, up)
+    dy, (gate_rf, up_rf) = dense_rows(dy), _halves(gate, up)
     num_rows, width = dy.shape
     tile, compute = _tile(width), accumulator(gate.dtype)
     col_blocks = triton.cdiv(width, tile["COLS"])
@@ -164,15 +165,10 @@ def _backward_kernel(
 def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows of gate and of up, taken from one tensor where ``up`` is None."""
     if up is not None:
-        return _rows(gate), _rows(up)
-    gate = _rows(gate)
+        return dense_rows(gate), dense_rows(up)
+    gate = dense_rows(gate)
     width = gate.shape[1] // 2
     return gate[:, :width], gate[:, width:]
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Rows whose values lie side by side, at any distance from row to row."""
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _tile(width: int) -> dict[str, int]:
