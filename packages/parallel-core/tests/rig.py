@@ -9,13 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fivefold.parallel_core.build import ParallelModel, build, make_runner
+from fivefold.parallel_core.context import take_held
 from fivefold.parallel_core.data_parallel import Precision
 from fivefold.parallel_core.data_parallel_config import DataParallelConfig
+from fivefold.parallel_core.documents import starts_of_lengths
 from fivefold.parallel_core.gradients import clip, global_norm, sum_partial
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.parameters import ParameterTable, Piece, initialise
 from fivefold.parallel_core.pipeline import Runner
 from fivefold.parallel_core.pipeline_config import PipelineConfig
+from fivefold.parallel_core.sequence_split import ContextConfig
 from fivefold.parallel_core.styles import Style
 from fivefold.parallel_core.topology import Topology
 from fivefold.parallel_core.training.optimizer import AdamWConfig, ShardedAdamW
@@ -35,6 +38,8 @@ class Case:
     Attributes:
         degrees: of ``Layout``.
         config: of the toy.
+        context: form of attention and split of sequences over "cp".
+        packed: several documents in each sequence.
         changes: entries of the plan to replace.
     """
 
@@ -48,6 +53,8 @@ class Case:
     microbatch_size: int = 1
     precision: Precision = DOUBLE
     data: DataParallelConfig = DataParallelConfig()  # noqa: RUF009
+    context: ContextConfig = ContextConfig()  # noqa: RUF009
+    packed: bool = False
     changes: Mapping[str, Style] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -58,6 +65,8 @@ class Case:
         words += [f"{self.stages_per_rank} stages a rank"] * (self.stages_per_rank > 1)
         words += [f"{self.microbatch_size} in a microbatch"] * (self.microbatch_size > 1)
         words += [f"{k}={v}" for k, v in self.data.to_dict().items() if v not in (None, "zero2")]
+        words += list(self.context.to_dict().values()) * (self.context != ContextConfig())
+        words += ["packed"] * self.packed
         words += ["tied"] * self.config.tied
         few = self.config.num_key_heads < self.config.num_heads
         words += [f"{self.config.num_key_heads} key heads"] * few
@@ -81,6 +90,25 @@ def batch(vocab_size: int) -> tuple[Tensor, Tensor]:
     inputs, targets = torch.randint(0, vocab_size, (2, BATCH, LENGTH), generator=generator)
     targets[0, :5] = targets[5] = -100
     return inputs, targets
+
+
+DOCUMENTS = ([1, 5, 1, 7, 2], [3, 13], [16], [4, 4, 8])
+"""Lengths of the documents in every fourth packed sequence."""
+
+
+def packed_starts() -> Tensor:
+    """Where each token's document starts, (B, S)."""
+    rows = (torch.tensor([0, *torch.tensor(n).cumsum(0)]) for n in DOCUMENTS)
+    return torch.cat([starts_of_lengths(row, LENGTH) for row in rows]).repeat(2, 1)
+
+
+def one_by_one(model: Toy, inputs: Tensor) -> Tensor:
+    """Logits of packed sequences, whose documents are put in one after the other."""
+    rows = []
+    for row, ids in enumerate(inputs):
+        parts = ids.split(DOCUMENTS[row % len(DOCUMENTS)])
+        rows.append(torch.cat([model(part[None]) for part in parts], 1))
+    return torch.cat(rows)
 
 
 def num_valid(targets: Tensor) -> int:
@@ -111,7 +139,7 @@ def plain_optimizer(model: Toy) -> torch.optim.AdamW:
     )
 
 
-def plain_run(config: ToyConfig, steps: int = 3) -> Record:
+def plain_run(config: ToyConfig, steps: int = 3, packed: bool = False) -> Record:
     """Train the whole toy on the whole batch."""
     model, record = plain_model(config), Record()
     optimizer = plain_optimizer(model)
@@ -119,7 +147,7 @@ def plain_run(config: ToyConfig, steps: int = 3) -> Record:
     for step in range(steps):
         model.side.weight = 1 / BATCH
         loss = F.cross_entropy(
-            model(inputs).flatten(0, 1),
+            (one_by_one(model, inputs) if packed else model(inputs)).flatten(0, 1),
             targets.flatten(),
             label_smoothing=config.label_smoothing,
             reduction="sum",
@@ -154,20 +182,19 @@ class Job:
     pieces: list[Piece]
     optimizer: ShardedAdamW
 
-    def data(self) -> tuple[Tensor, Tensor]:
-        """This rank's ids and targets."""
+    def data(self) -> list[Tensor]:
+        """This rank's ids and targets, and starts of documents where they are packed."""
         dp, cp = self.topology.axis("dp"), self.topology.axis("cp")
-        inputs, targets = (
-            whole.chunk(dp.size)[dp.rank].chunk(cp.size, 1)[cp.rank].contiguous()
-            for whole in batch(self.case.config.vocab_size)
-        )
-        return inputs, targets
+        wholes = batch(self.case.config.vocab_size) + (packed_starts(),) * self.case.packed
+        mine = (whole.chunk(dp.size)[dp.rank] for whole in wholes)
+        return [take_held(rows, cp, self.case.context.split).contiguous() for rows in mine]
 
     def backward(self) -> tuple[float, float]:
         """Leave the step's gradients; the global loss and the global side loss."""
         self.model.weigh_side_losses(1 / BATCH)
         count = num_valid(batch(self.case.config.vocab_size)[1])
-        loss = self.runner.train(*self.data(), 1 / count)
+        inputs, targets, *starts = self.data()
+        loss = self.runner.train(inputs, targets, 1 / count, *starts)
         sum_partial(self.pieces, self.topology)
         side = sum(v.item() for v in self.model.drain_side_outputs().values())
         return self.total(loss.item()) / count, world_sum(side) / BATCH
@@ -212,7 +239,7 @@ def make_job(case: Case, topology: Topology | None = None) -> Job:
     model = build(
         lambda: Toy(config),
         topology,
-        {**plan(config, sequence=case.sequence), **case.changes},
+        {**plan(config, sequence=case.sequence, context=case.context), **case.changes},
         head=HEAD,
         tail=TAIL,
         pipeline=pipeline,

@@ -15,6 +15,7 @@ from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.ledger import CommLedger
 from fivefold.parallel_core.pipeline import keep_stage
 from fivefold.parallel_core.plan import check_plan, parallelize, tie
+from fivefold.parallel_core.sequence_split import ContextConfig
 from fivefold.parallel_core.styles import ColumnParallel, Replicate, RowParallel, SplitContext
 from fivefold.parallel_core.topology import Topology
 
@@ -37,6 +38,36 @@ CASES = [
         degrees={"tp": 4, "pp": 2},
         config=resized(MIXTURE, num_key_heads=2, tied=True, bias=False),
         data=FREEING,
+    ),
+    Case(degrees={}, packed=True),
+    Case(
+        degrees={"cp": 4, "tp": 2},
+        context=ContextConfig(attention="ring", split="zigzag"),
+        packed=True,
+        microbatch_size=4,
+    ),
+    Case(
+        degrees={"cp": 2, "tp": 2},
+        config=resized(MIXTURE, num_key_heads=2),
+        context=ContextConfig(attention="heads", split="zigzag"),
+        packed=True,
+        regions="selective",
+        microbatch_size=2,
+    ),
+    Case(
+        degrees={"cp": 2, "pp": 2, "tp": 2},
+        schedule="InterleavedZeroBubble",
+        config=resized(DENSE, num_layers=5),
+        stages_per_rank=2,
+        regions="full",
+        packed=True,
+        microbatch_size=2,
+    ),
+    Case(
+        degrees={"cp": 4, "pp": 2},
+        context=ContextConfig(attention="ring"),
+        packed=True,
+        microbatch_size=2,
     ),
     Case(degrees={"cp": 4}, microbatch_size=2, data=FREEING),
     Case(degrees={"tp": 2, "cp": 2, "pp": 2}, microbatch_size=2, data=FREEING),
@@ -62,13 +93,16 @@ CASES = [
 @pytest.fixture(scope="module")
 def errors() -> list[list[tuple[float, str]]]:
     """For every case the largest error of each rank, and of what."""
-    references = {case.config: plain_run(case.config) for case in CASES}
+    references = {
+        key: plain_run(key[0], packed=key[1])
+        for key in {(case.config, case.packed) for case in CASES}
+    }
 
     def on_a_rank() -> list[tuple[float, str]]:
         found = []
         for case in CASES:
             job = make_job(case)
-            found.append(worst(job, parallel_run(job), references[case.config]))
+            found.append(worst(job, parallel_run(job), references[case.config, case.packed]))
         return found
 
     return [list(ranks) for ranks in zip(*launch(on_a_rank, 8, timeout=500), strict=True)]

@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fivefold.parallel_core.collectives import all_gather_v, reduce_scatter_v
+from fivefold.parallel_core.documents import Documents
 from fivefold.parallel_core.linear_group import LinearGroup
 from fivefold.parallel_core.losses import CrossEntropy, SideOutputs
 from fivefold.parallel_core.parameters import ParameterTable, Placement
+from fivefold.parallel_core.sequence_split import ContextConfig
 from fivefold.parallel_core.styles import (
     ColumnParallel,
     ContextPositions,
@@ -57,13 +59,27 @@ class Positions(nn.Module):
 class Core(nn.Module):
     """Causal attention of a few lines; (B, S, heads, D) queries over (B, T, heads, D) keys."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, query_start: int | None = None) -> Tensor:
-        first = k.shape[1] - q.shape[1] if query_start is None else query_start
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        query_start: int | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        if documents is not None:
+            return documents.attend(self.partial, q, k, v)
+        return self.partial(
+            q, k, v, k.shape[1] - q.shape[1] if query_start is None else query_start
+        )[0]
+
+    def partial(self, q: Tensor, k: Tensor, v: Tensor, offset: int) -> tuple[Tensor, Tensor]:
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
         scores = torch.einsum("bshd,bthd->bhst", q, k) / q.shape[-1] ** 0.5
-        queries = first + torch.arange(q.shape[1])
-        ahead = torch.arange(k.shape[1]) > queries.unsqueeze(1)
-        return torch.einsum("bhst,bthd->bshd", scores.masked_fill(ahead, -torch.inf).softmax(-1), v)
+        ahead = torch.arange(k.shape[1]) > offset + torch.arange(q.shape[1]).unsqueeze(1)
+        scores = scores.masked_fill(ahead, -torch.inf)
+        out = torch.einsum("bhst,bthd->bshd", scores.softmax(-1), v)
+        return out, scores.logsumexp(-1).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -77,11 +93,16 @@ class Attention(nn.Module):
         self.core = Core()
         self.o_proj = nn.Linear(hidden, hidden, bias=bias)
 
-    def forward(self, x_bsh: Tensor, positions: nn.Module) -> Tensor:
+    def forward(
+        self, x_bsh: Tensor, positions: nn.Module, documents: Documents | None = None
+    ) -> Tensor:
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv(x_bsh))
-        phase = positions(q.shape[1]).to(q.dtype)[:, None, None] + torch.arange(self.head_dim)
+        where, more = positions(q.shape[1]), {}
+        if documents is not None:
+            where, more = documents.positions(where), {"documents": documents}
+        phase = where.to(q.dtype)[..., None, None] + torch.arange(self.head_dim)
         q, k = q * (1 + phase.cos() / 2).to(q.dtype), k * (1 + phase.sin() / 2).to(k.dtype)
-        return self.o_proj(self.core(q, k, v).flatten(-2))
+        return self.o_proj(self.core(q, k, v, **more).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -151,8 +172,10 @@ class Block(nn.Module):
         self.experts = Experts(config) if config.num_experts else None
         self.side = side
 
-    def forward(self, x_bsh: Tensor, positions: nn.Module) -> Tensor:
-        x_bsh = x_bsh + self.attention(self.attention_norm(x_bsh), positions)
+    def forward(
+        self, x_bsh: Tensor, positions: nn.Module, documents: Documents | None = None
+    ) -> Tensor:
+        x_bsh = x_bsh + self.attention(self.attention_norm(x_bsh), positions, documents)
         y_bsh = self.mlp_norm(x_bsh)
         x_bsh = x_bsh + self.mlp(y_bsh)
         if self.experts is None:
@@ -183,11 +206,12 @@ class Toy(nn.Module):
         if self.config.tied and self.embed_tokens is not None and self.lm_head is not None:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, document_starts: Tensor | None = None) -> Tensor:
         if self.embed_tokens is not None:
             x = self.embed_tokens(x)
+        documents = None if document_starts is None else Documents(document_starts)
         for layer in self.layers.values():
-            x = layer(x, self.positions)
+            x = layer(x, self.positions, documents)
         if self.norm is not None:
             x = self.lm_head(self.norm(x))
         return x
@@ -200,15 +224,18 @@ def rule(name: str) -> tuple[str, float]:
     return "normal", 0.3
 
 
-def plan(config: ToyConfig, *, sequence: bool = True) -> dict[str, Style]:
+def plan(
+    config: ToyConfig, *, sequence: bool = True, context: ContextConfig | None = None
+) -> dict[str, Style]:
     """The whole plan; entries may be replaced, to see what they are good for."""
+    context = ContextConfig() if context is None else context
     key_heads = {"k_proj": config.num_key_heads, "v_proj": config.num_key_heads}
     styles: dict[str, Style] = {
         "embed_tokens": VocabParallel(sequence),
-        "positions": ContextPositions(),
+        "positions": ContextPositions(context.split),
         "layers.*.attention_norm": Replicate(sequence),
         "layers.*.attention.qkv": ColumnParallel(sequence, heads=key_heads),
-        "layers.*.attention.core": SplitContext(),
+        "layers.*.attention.core": SplitContext(context.attention, context.split),
         "layers.*.attention.o_proj": RowParallel(sequence),
         "layers.*.mlp_norm": Replicate(sequence),
         "layers.*.mlp.gate_up": ColumnParallel(sequence),

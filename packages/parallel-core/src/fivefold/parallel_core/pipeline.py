@@ -2,7 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
@@ -76,20 +76,24 @@ class Runner(ABC):
     """Runs the microbatches of a step forward and backward."""
 
     @abstractmethod
-    def train(self, inputs: Tensor, targets: Tensor, scale: float) -> Tensor:
+    def train(
+        self, inputs: Tensor, targets: Tensor, scale: float, starts: Tensor | None = None
+    ) -> Tensor:
         """Leave the gradient of ``scale`` × loss in the parameters.
 
         Args:
             inputs: (B, S) of this rank for all microbatches of the step.
             targets: (B, S).
             scale: 1 / (valid tokens of the global batch).
+            starts: (B, S), where documents are packed: the position in its whole sequence at which
+                each token's document starts. Every stage's modules get it as ``document_starts``.
 
         Returns:
             This rank's sum of token losses, unscaled; zero off the last stage.
         """
 
     @abstractmethod
-    def evaluate(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def evaluate(self, inputs: Tensor, targets: Tensor, starts: Tensor | None = None) -> Tensor:
         """The same sum without a backward pass."""
 
 
@@ -104,34 +108,50 @@ class LocalRunner(Runner):
     def __init__(self, model: nn.Module, num_microbatches: int):
         self.model, self.num_microbatches = model, num_microbatches
 
-    def train(self, inputs: Tensor, targets: Tensor, scale: float) -> Tensor:
+    def train(
+        self, inputs: Tensor, targets: Tensor, scale: float, starts: Tensor | None = None
+    ) -> Tensor:
         """See ``Runner.train``."""
         gather_mains(self.model)
         total = torch.zeros((), device=inputs.device)
-        pairs = list(zip(self._parts(inputs), self._parts(targets), strict=True))
-        for i, (x, y) in enumerate(pairs):
-            synchronise_last(self.model, i == len(pairs) - 1)
-            loss = self._loss(x, y)
+        microbatches = list(self._microbatches(inputs, targets, starts))
+        for i, microbatch in enumerate(microbatches):
+            synchronise_last(self.model, i == len(microbatches) - 1)
+            loss = self._loss(*microbatch)
             (loss * scale).backward()
             total = total + loss.detach()
         reduce_gradients(self.model)
         return total
 
-    def evaluate(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def evaluate(self, inputs: Tensor, targets: Tensor, starts: Tensor | None = None) -> Tensor:
         """See ``Runner.evaluate``."""
         gather_mains(self.model)
         with torch.no_grad():
-            pairs = zip(self._parts(inputs), self._parts(targets), strict=True)
-            total = torch.stack([self._loss(x, y) for x, y in pairs]).sum()
+            microbatches = self._microbatches(inputs, targets, starts)
+            total = torch.stack([self._loss(*microbatch) for microbatch in microbatches]).sum()
         free_gathered(self.model)
         return total
 
-    def _parts(self, batch: Tensor) -> tuple[Tensor, ...]:
-        return batch.chunk(self.num_microbatches)
+    def _microbatches(
+        self, inputs: Tensor, targets: Tensor, starts: Tensor | None
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Ids, targets and, where there are any, starts of documents of each microbatch."""
+        whole = (inputs, targets, *_if_any(starts))
+        return zip(*(x.chunk(self.num_microbatches) for x in whole), strict=True)
 
-    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
-        loss: Tensor = self.model.get_submodule("loss")(self.model(x), y)
+    def _loss(self, x: Tensor, y: Tensor, *starts: Tensor) -> Tensor:
+        logits = self.model(x, **_documents(*starts))
+        loss: Tensor = self.model.get_submodule("loss")(logits, y)
         return loss
+
+
+def _if_any(starts: Tensor | None) -> tuple[Tensor, ...]:
+    return () if starts is None else (starts,)
+
+
+def _documents(*starts: Tensor) -> dict[str, Tensor]:
+    """What a model is told of documents; nothing where there are none, as not all know them."""
+    return dict(zip(("document_starts",), starts, strict=False))
 
 
 def _example(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -230,38 +250,40 @@ class PipelineRunner(Runner):
             loss: Tensor = self._tail.get_submodule("loss")(logits, targets) * self._scale
         return loss
 
-    def train(self, inputs: Tensor, targets: Tensor, scale: float) -> Tensor:
+    def train(
+        self, inputs: Tensor, targets: Tensor, scale: float, starts: Tensor | None = None
+    ) -> Tensor:
         """See ``Runner.train``."""
         self._scale = scale
         if self.budget is not None:
             self.budget.start_step()
-        loss = self._run(self.schedule.step, inputs, targets) / scale
+        loss = self._run(self.schedule.step, inputs, targets, starts) / scale
         for part in self._parts:
             reduce_gradients(part)
         for twin in self._twins:
             twin.hand_over()
         return loss
 
-    def evaluate(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def evaluate(self, inputs: Tensor, targets: Tensor, starts: Tensor | None = None) -> Tensor:
         """See ``Runner.evaluate``."""
         self._scale = 1.0
         with torch.no_grad():
-            total = self._run(self.schedule.eval, inputs, targets)
+            total = self._run(self.schedule.eval, inputs, targets, starts)
         for part in self._parts:
             free_gathered(part)
         return total
 
-    def _run(self, step: Any, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _run(self, step: Any, inputs: Tensor, targets: Tensor, starts: Tensor | None) -> Tensor:
         for twin in self._twins:
             twin.refresh()
         for part in self._parts:
             gather_mains(part)
         losses: list[Tensor] = []
         args = (inputs,) if self.first else ()
+        told: dict[str, Any] = {"return_outputs": False, **_documents(*_if_any(starts))}
         if self._tail is not None:
-            step(*args, target=targets, losses=losses, return_outputs=False)
-        else:
-            step(*args, return_outputs=False)
+            told |= {"target": targets, "losses": losses}
+        step(*args, **told)
         if not losses:
             return torch.zeros((), device=inputs.device)
         return torch.stack([loss.detach() for loss in losses]).sum()
