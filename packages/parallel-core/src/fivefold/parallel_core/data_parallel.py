@@ -259,6 +259,7 @@ def free_gathered(model: nn.Module) -> None:
 
 def synchronise_last(model: nn.Module, last: bool) -> None:
     """Reduce gradients in this backward only if it is the last of the step's microbatches."""
+    # No more than that: were FSDP told that a backward is not the last one, it would remember the
+    # order of its modules, and prefetch some that are not needed again.
     if isinstance(model, FSDPModule):
-        model.set_is_last_backward(last)
         model.set_requires_gradient_sync(last)
