@@ -13,6 +13,7 @@ from fivefold.parallel_core.build import ParallelModel, build, make_runner
 from fivefold.parallel_core.context import take_held
 from fivefold.parallel_core.data_parallel import Precision
 from fivefold.parallel_core.data_parallel_config import DataParallelConfig
+from fivefold.parallel_core.documents import starts_of_ids
 from fivefold.parallel_core.gradients import clip, global_norm, sum_partial
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.parameters import ParameterTable, Piece, initialise
@@ -57,6 +58,7 @@ class Case:
         data: what is sharded over the data axes.
         recompute: what backward recomputes.
         context: form of attention and split of sequences over "cp".
+        packed: several documents in each sequence.
     """
 
     degrees: tuple[tuple[str, int | str], ...]
@@ -67,6 +69,7 @@ class Case:
     data: DataParallelConfig = DataParallelConfig()  # noqa: RUF009
     recompute: str = "none"
     context: ContextConfig = ContextConfig()  # noqa: RUF009
+    packed: bool = False
 
     def __str__(self) -> str:
         words = [f"{name}={degree}" for name, degree in self.degrees] or ["data"]
@@ -80,6 +83,7 @@ class Case:
             self.context != ContextConfig()
         )
         words += [f"recompute {self.recompute}"] * (self.recompute != "none")
+        words += ["packed"] * self.packed
         return " ".join(words)
 
 
@@ -105,11 +109,18 @@ def batch(vocab_size: int) -> tuple[Tensor, Tensor]:
     return inputs, targets
 
 
+def packed_starts() -> Tensor:
+    """Where each token's document starts (B, S), in four packings."""
+    lengths = ([1, 5, 1, 7, 2], [3, 13], [16], [4, 4, 8])
+    ids = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths]
+    return starts_of_ids(torch.stack(ids)).repeat(BATCH // len(ids), 1)
+
+
 def num_valid(targets: Tensor) -> int:
     return int((targets != -100).sum())
 
 
-def plain_run(config: MoEConfig) -> Record:
+def plain_run(config: MoEConfig, packed: bool = False) -> Record:
     """Train the whole model on the whole batch with torch's own loss, clipping and AdamW."""
     model, record = MoEForCausalLM(config).double(), Record()
     initialise(ParameterTable.of(model).pieces(model), model.initialisation, SEED)
@@ -127,7 +138,8 @@ def plain_run(config: MoEConfig) -> Record:
     inputs, targets = batch(config.vocab_size)
     model.side.weight = 1 / BATCH
     for step in range(STEPS):
-        loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        logits = model(inputs, document_starts=packed_starts() if packed else None)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         loss.backward()
         if step == 0:
             record.gradients = {name: p.grad.clone() for name, p in parameters.items()}
@@ -154,14 +166,12 @@ class Job:
     pieces: list[Piece]
     optimizer: ShardedAdamW
 
-    def data(self) -> tuple[Tensor, Tensor]:
-        """This rank's ids and targets."""
+    def data(self) -> list[Tensor]:
+        """This rank's ids and targets, and starts of documents where they are packed."""
         dp, cp = self.topology.axis("dp"), self.topology.axis("cp")
-        inputs, targets = (
-            take_held(whole.chunk(dp.size)[dp.rank], cp, self.case.context.split)
-            for whole in batch(self.case.model.vocab_size)
-        )
-        return inputs, targets
+        wholes = batch(self.case.model.vocab_size) + (packed_starts(),) * self.case.packed
+        mine = (whole.chunk(dp.size)[dp.rank] for whole in wholes)
+        return [take_held(rows, cp, self.case.context.split) for rows in mine]
 
     def run(self) -> Record:
         """The same training as ``plain_run``; tensors are this rank's pieces."""
@@ -169,7 +179,8 @@ class Job:
         self.model.train()
         for step in range(STEPS):
             self.model.weigh_side_losses(1 / BATCH)
-            loss = self.runner.train(*self.data(), 1 / count).item()
+            inputs, targets, *starts = self.data()
+            loss = self.runner.train(inputs, targets, 1 / count, *starts).item()
             sum_partial(self.pieces, self.topology)
             norm = global_norm(self.pieces, self.topology)
             if step == 0:

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from fivefold.moe import MoEConfig, MoEForCausalLM
 from fivefold.moe.cache import KVCache
+from fivefold.moe.errors import MoEInputError
 from fivefold.moe.generate import generate
+from fivefold.parallel_core.documents import starts_of_ids
 
 Make = Callable[..., MoEConfig]
 Oracle = Callable[..., tuple[MoEForCausalLM, Any]]
@@ -219,3 +221,31 @@ def test_generate_hands_its_options_on(tiny: Make, monkeypatch: pytest.MonkeyPat
     wanted |= {"eos_token_id": 4, "generator": torch.Generator(), "streamer": print}
     MoEForCausalLM(tiny()).generate(ids(), 2, **wanted)
     assert seen == wanted
+
+
+PACKED = ([1, 5, 1, 6], [13], [4, 9])
+
+
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 3}])
+def test_packed_documents_are_each_by_itself(tiny: Make, changes: dict[str, Any]) -> None:
+    # The balance of experts is that of a sequence, whatever is packed into it.
+    model = MoEForCausalLM(tiny(aux_loss_coef=0.0, z_loss_coef=0.0, **changes)).double()
+    x, weight = ids(3), torch.randn(3, 13, 48, dtype=torch.float64)
+    numbers = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in PACKED]
+    packed = model(x, document_starts=starts_of_ids(torch.stack(numbers)))
+    parts = [
+        torch.cat([model(p[None]) for p in x[i].split(row)], 1) for i, row in enumerate(PACKED)
+    ]
+    alone = torch.cat(parts)
+    torch.testing.assert_close(packed, alone, rtol=1e-12, atol=1e-13)
+    found, wanted = (
+        torch.autograd.grad((logits * weight).sum(), list(model.parameters()))
+        for logits in (packed, alone)
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-12)
+
+
+def test_packed_documents_with_a_cache_are_refused(tiny: Make) -> None:
+    starts = torch.zeros(1, 3, dtype=torch.long)
+    with pytest.raises(MoEInputError, match="document_starts with a cache of keys and values"):
+        MoEForCausalLM(tiny())(ids(1, 3), KVCache(8), document_starts=starts)

@@ -27,7 +27,15 @@ BFLOAT16 = Precision(compute="bfloat16")
 
 def case(model: MoEConfig = MODEL, /, **values: object) -> Case:
     """A case; what is not its own is the layout's."""
-    names = ("stages_per_rank", "microbatch_size", "precision", "data", "recompute", "context")
+    names = (
+        "stages_per_rank",
+        "microbatch_size",
+        "precision",
+        "data",
+        "recompute",
+        "context",
+        "packed",
+    )
     own = {name: values.pop(name) for name in names if name in values}
     return Case(degrees=tuple(values.items()), model=model, **own)  # type: ignore[arg-type]
 
@@ -72,6 +80,16 @@ CASES = [
     case(tp=2, cp=2, ep=8, context=ContextConfig(attention="heads", split="zigzag")),
     case(cp=4, ep=8, microbatch_size=4, context=ContextConfig(attention="ring")),
     case(
+        with_model(sliding_window=5),
+        tp=2,
+        cp=2,
+        pp=2,
+        packed=True,
+        recompute="full",
+        context=ContextConfig(attention="ring", split="zigzag"),
+    ),
+    case(tp=2, cp=2, ep=8, packed=True, context=ContextConfig(attention="heads")),
+    case(
         tp=2, cp=4, ep=2, microbatch_size=8, context=ContextConfig(attention="ring", split="zigzag")
     ),
     case(
@@ -89,14 +107,14 @@ CASES = [
 
 
 @cache
-def reference(model: MoEConfig) -> Record:
-    return plain_run(model)
+def reference(model: MoEConfig, packed: bool = False) -> Record:
+    return plain_run(model, packed)
 
 
 @cache
 def verdict(case: Case) -> list[Verdict]:
     """What each rank found. A launch for each case: gloo's groups cost time while they live."""
-    return launch(judge, 8, case, reference(case.model), timeout=120)
+    return launch(judge, 8, case, reference(case.model, case.packed), timeout=120)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fivefold.kernels import attention
 from fivefold.moe.cache import LayerCache
 from fivefold.moe.config import MoEConfig
+from fivefold.parallel_core.documents import Documents
 from fivefold.parallel_core.linear_group import LinearGroup
 
 Rotation = Callable[[Tensor], Tensor]
@@ -26,7 +27,12 @@ class AttentionCore(nn.Module):
         self.sliding_window = sliding_window
 
     def forward(
-        self, q_bshd: Tensor, k_bthd: Tensor, v_bthd: Tensor, query_start: int | None = None
+        self,
+        q_bshd: Tensor,
+        k_bthd: Tensor,
+        v_bthd: Tensor,
+        query_start: int | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -37,10 +43,13 @@ class AttentionCore(nn.Module):
             v_bthd: values, like the keys.
             query_start: position of the first query; the default puts the last query at the
                 last key.
+            documents: packed in each sequence, where there are several; none sees another.
 
         Returns:
             (B, S, query heads, D).
         """
+        if documents is not None:
+            return documents.attend(self.partial, q_bshd, k_bthd, v_bthd)
         start = k_bthd.shape[1] - q_bshd.shape[1] if query_start is None else query_start
         first, stop = self._visible(start, q_bshd.shape[1])
         k_bthd, v_bthd = k_bthd[:, first:stop], v_bthd[:, first:stop]
@@ -103,10 +112,16 @@ class Attention(nn.Module):
         self.core = AttentionCore(config.sliding_window)
         self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
 
-    def forward(self, x_bsh: Tensor, rotate: Rotation, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x_bsh: Tensor,
+        rotate: Rotation,
+        cache: LayerCache | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
         """Hidden states (B, S, H) to (B, S, H), reading and extending ``cache`` if there is one."""
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv(x_bsh))
         q, k = rotate(q), rotate(k)
         if cache is not None:
             k, v = cache.append(k, v)
-        return self.o_proj(self.core(q, k, v).flatten(-2))
+        return self.o_proj(self.core(q, k, v, documents=documents).flatten(-2))

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from fivefold.moe.attention import Attention, Rotation
 from fivefold.moe.cache import KVCache, LayerCache
 from fivefold.moe.config import MoEConfig
+from fivefold.moe.errors import MoEInputError
 from fivefold.moe.generate import generate
 from fivefold.moe.layer import MoELayer
 from fivefold.moe.loss import TokenLoss
 from fivefold.moe.norm import RMSNorm
 from fivefold.moe.pretrained import Pretrained
 from fivefold.moe.rotary import Positions, Rotary
+from fivefold.parallel_core.documents import Documents
 from fivefold.parallel_core.losses import SideOutputs
 
 
@@ -31,9 +33,15 @@ class DecoderLayer(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = MoELayer(config, layer, side)
 
-    def forward(self, x_bsh: Tensor, rotate: Rotation, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x_bsh: Tensor,
+        rotate: Rotation,
+        cache: LayerCache | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
         """Hidden states (B, S, H) to (B, S, H)."""
-        x_bsh = x_bsh + self.attention(self.input_norm(x_bsh), rotate, cache)
+        x_bsh = x_bsh + self.attention(self.input_norm(x_bsh), rotate, cache, documents)
         return x_bsh + self.mlp(self.mlp_norm(x_bsh))
 
 
@@ -90,22 +98,42 @@ class MoEForCausalLM(Pretrained):
         self.tie_weights()
         self.reset_parameters()
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cache: KVCache | None = None,
+        document_starts: Tensor | None = None,
+    ) -> Tensor:
         """Run the layers that are here.
 
         Args:
             x: token ids (B, S), or hidden states (B, S, H) where ``embed_tokens`` is None.
             cache: keys and values of the tokens before these; extended by these.
+            document_starts: where several documents are packed into a sequence, integers (B, S):
+                the position of the first token of each token's document. Documents do not see each
+                other, and positions count from each one's start. ``parallel_core.documents`` makes
+                them from ids, lengths or end-of-text tokens.
 
         Returns:
             Logits (B, S, V), or hidden states (B, S, H) where ``lm_head`` is None.
+
+        Raises:
+            MoEInputError: packed documents with a cache.
+            ConfigError: starts that are those of no documents.
         """
+        if cache is not None and document_starts is not None:
+            raise MoEInputError(
+                "document_starts with a cache of keys and values, which is of one document; run "
+                "the documents one by one, or without a cache"
+            )
+        documents = None if document_starts is None else Documents(document_starts)
         if self.embed_tokens is not None:
             x = self.embed_tokens(x)
         start = 0 if cache is None else cache.length
-        rotate = Rotary(self.positions, start, self.config.head_dim, self.config.rope_theta)
+        theta = self.config.rope_theta
+        rotate = Rotary(self.positions, start, self.config.head_dim, theta, documents)
         for name, layer in self.layers.items():
-            x = layer(x, rotate, None if cache is None else cache.layer(name))
+            x = layer(x, rotate, None if cache is None else cache.layer(name), documents)
         if self.norm is not None:
             x = self.norm(x)
         if self.lm_head is not None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fivefold.kernels import rotary
+from fivefold.parallel_core.documents import Documents
 
 
 class Positions(nn.Module):
@@ -29,13 +30,22 @@ class Rotary:
         start: position of the first token, above 0 with a cache.
         head_dim: D.
         theta: base of the wavelengths.
+        documents: packed in each sequence; positions count from the start of each.
     """
 
-    def __init__(self, positions: nn.Module, start: int, head_dim: int, theta: float):
+    def __init__(
+        self,
+        positions: nn.Module,
+        start: int,
+        head_dim: int,
+        theta: float,
+        documents: Documents | None = None,
+    ):
         self.positions = positions
         self.start = start
         self.head_dim = head_dim
         self.theta = theta
+        self.documents = documents
         self._tables: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, x_bshd: Tensor) -> Tensor:
@@ -45,12 +55,17 @@ class Rotary:
         return rotary(x_bshd, *self._tables)
 
     def _compute(self, x_bshd: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (S, D/2), from float32 angles as transformers has."""
-        positions_s = self.positions(x_bshd.shape[1], x_bshd.device) + self.start
+        """Cosines and sines (S, D/2), from float32 angles as transformers has.
+
+        With packed documents every sequence has its own, (B, S, D/2).
+        """
+        positions = self.positions(x_bshd.shape[1], x_bshd.device) + self.start
+        if self.documents is not None:
+            positions = self.documents.positions(positions)
         # On the CPU whatever the device: models were trained with these very float32 values, and
         # another device's power function differs in the last bit.
         steps = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device="cpu")
         frequencies = 1.0 / self.theta ** (steps / self.head_dim)
-        angles = positions_s[:, None].float() * frequencies.to(x_bshd.device)
+        angles = positions[..., None].float() * frequencies.to(x_bshd.device)
         dtype = torch.promote_types(x_bshd.dtype, torch.float32)
         return angles.cos().to(dtype), angles.sin().to(dtype)
