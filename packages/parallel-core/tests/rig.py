@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import inf
 
 import torch
 import torch.distributed as dist
@@ -296,7 +297,9 @@ def distances(job: Job, run: Record, reference: Record) -> Iterator[tuple[str, f
         # Shifting all keys changes no attention, so a key bias has a gradient of rounding errors.
         scale = 1e-3 * max(whole.abs().max().item() for whole in wholes.values())
         for name, box in boxes.items():
-            if box.numel:
+            if box.numel and name not in pieces:
+                yield f"{kind}[{name}] is missing", inf
+            elif box.numel:
                 whole = wholes[name]
                 error = (pieces[name] - whole[box.slices]).abs().max().item()
                 yield f"{kind}[{name}]", error / max(whole.abs().max().item(), scale)
