@@ -28,15 +28,37 @@ from .rig import (
     plain_run,
     world_sum,
 )
-from .toy import ToyConfig
+from .toy import ToyConfig, resized
 
 CONFIG = ToyConfig(num_experts=4)
 HALF = Precision(parameters="float32", compute="bfloat16")
+ZERO1 = DataParallelConfig(form="zero1")
 HALVES = {
     "data": Case(degrees={}, config=CONFIG, precision=HALF),
     "tensor": Case(degrees={"tp": 2}, config=CONFIG, precision=HALF),
     "one data rank": Case(degrees={"tp": 4, "ep": 4}, config=CONFIG, precision=HALF),
     "stages": Case(degrees={"pp": 2}, config=CONFIG, precision=HALF, microbatch_size=2),
+    "ZeRO-1": Case(degrees={}, config=CONFIG, precision=HALF, data=ZERO1),
+    "ZeRO-1 with tensor": Case(
+        degrees={"tp": 2, "ep": 2}, config=CONFIG, precision=HALF, data=ZERO1
+    ),
+    "ZeRO-1 in halves of the backward": Case(
+        degrees={"pp": 2},
+        config=resized(CONFIG, num_layers=4),
+        precision=HALF,
+        data=ZERO1,
+        schedule="ZBVZeroBubble",
+        stages_per_rank=2,
+    ),
+    "replicas": Case(
+        degrees={}, config=CONFIG, precision=HALF, data=DataParallelConfig(form="replicate")
+    ),
+    "copies": Case(
+        degrees={},
+        config=CONFIG,
+        precision=HALF,
+        data=DataParallelConfig(shard_size=2, expert_form="zero1", expert_shard_size=2),
+    ),
 }
 
 
@@ -106,10 +128,12 @@ def bfloat16_step(case: Case, reference: Record) -> Near:
 @pytest.fixture(scope="module")
 def near() -> dict[str, list[Near]]:
     """For every case what each rank found."""
-    reference = plain_run(CONFIG, steps=1)
+    references = {case.config: plain_run(case.config, steps=1) for case in HALVES.values()}
+    reference = references[CONFIG]
 
     def on_a_rank() -> dict[str, Near]:
-        return {name: bfloat16_step(case, reference) for name, case in HALVES.items()}
+        cases = HALVES.items()
+        return {name: bfloat16_step(case, references[case.config]) for name, case in cases}
 
     ranks = launch(on_a_rank, 4, timeout=300)
     alone = launch(lambda: bfloat16_step(HALVES["data"], reference), 1, timeout=300)
