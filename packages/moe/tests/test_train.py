@@ -14,6 +14,7 @@ from fivefold.moe.export import read_run
 from fivefold.moe.train import RunConfig, check, load_run, make_trainer, summarise
 from fivefold.parallel_core.checkpoint import Checkpoints
 from fivefold.parallel_core.config import load_toml
+from fivefold.parallel_core.documents import starts_after
 from fivefold.parallel_core.errors import ConfigError, DataError, LayoutError
 from fivefold.parallel_core.topology import Topology
 from fivefold.parallel_core.training.tokenizer import ByteTokenizer
@@ -211,3 +212,23 @@ def test_summary_of_the_routers() -> None:
         "load_max_over_mean_worst": 3.0,
     }
     assert summarise({}, 2) == {}
+
+
+def test_documents_are_kept_apart_on_request(run_file: Path) -> None:
+    together, apart = (
+        make_trainer(load_run(run_file, {**ONE_RANK, **changes}), Topology.local(), None)
+        for changes in ({}, {"data.separate_documents": "true"})
+    )
+    assert together.identity["separate_documents"] is None
+    assert apart.identity["separate_documents"] is True
+    inputs, _, starts = apart.batches.batch(0)
+    assert torch.equal(inputs, together.batches.batch(0)[0])
+    assert torch.equal(starts, starts_after(inputs, ByteTokenizer.end_of_text_id))
+    bordered = next(step for step in range(99) if apart.batches.batch(step)[2].gt(0).any())
+    for trainer in (together, apart):
+        trainer.step = bordered
+        trainer.report = lambda step, figures, seen=trainer: setattr(seen, "figures", figures)
+        trainer.train_step()
+    assert apart.figures["loss"] != together.figures["loss"]
+    heldout = [trainer.evaluate() for trainer in (together, apart)]
+    assert heldout[0] != heldout[1]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fivefold.parallel_core.errors import ConfigError, DataError
+from fivefold.parallel_core.sequence_split import held
 from fivefold.parallel_core.training.data import EvaluationBatches, TextBatches
 from fivefold.parallel_core.training.tokenizer import ByteTokenizer
 from fivefold.parallel_core.training.tokens import prepare
@@ -84,6 +85,32 @@ def test_the_global_batch_is_the_same_under_every_layout(dp_size: int, cp_size: 
             assert torch.equal(
                 joined([[p[side] for p in row] for row in parts]), whole.batch(step)[side]
             )
+
+
+TEXTS = [np.array([*range(1, n), 0]) for n in (5, 1, 11, 2, 30, 3, 3, 9) * 8]
+
+
+@pytest.mark.parametrize("split", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("cp_size", [1, 2, 4])
+def test_batches_say_where_documents_start(cp_size: int, split: str) -> None:
+    """The n-th token of a document is n, and its last is 0."""
+    whole = np.concatenate(TEXTS)
+    options = {"tokens": whole, "end_of_text_id": 0, "cp_size": cp_size, "split": split}
+    for make in (training, evaluation):
+        for rank in range(cp_size):
+            batches = make(cp_rank=rank, **options)
+            inputs, targets, starts = batches.batch(1)
+            without = make(cp_rank=rank, **options | {"end_of_text_id": None}).batch(1)
+            assert torch.equal(inputs, without[0])
+            assert torch.equal(targets, without[1])
+            positions = torch.tensor([p for at in held(8, cp_size, rank, split) for p in at])
+            assert starts.shape == inputs.shape
+            assert starts.ge(0).all()
+            assert starts.le(positions).all()
+            # A document that began in the window counts from there; one before it, from the window.
+            begun = (starts > 0) & (inputs > 0)
+            assert torch.equal((positions - starts + 1)[begun], inputs[begun])
+            assert (positions - starts + 1)[inputs > 0].le(inputs[inputs > 0]).all()
 
 
 def test_a_rank_reads_its_own_slices_only() -> None:

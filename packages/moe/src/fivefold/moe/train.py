@@ -59,6 +59,8 @@ class DataConfig(Config):
         cache: folder of the token files.
         heldout_fraction: share of the documents that training never sees.
         end_of_text: the tokenizer's token after each document, where it has no usual one.
+        separate_documents: keep the documents of a sequence from seeing each other, with positions
+            that count from each one's start. Without, a sequence is one text.
     """
 
     source: str = "stdlib"
@@ -66,6 +68,7 @@ class DataConfig(Config):
     cache: str = "~/.cache/fivefold/tokens"
     heldout_fraction: float = 0.05
     end_of_text: str | None = None
+    separate_documents: bool = False
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer; raises ``DataError`` where it cannot be read."""
@@ -208,18 +211,20 @@ def make_trainer(config: RunConfig, topology: Topology, folder: Path | None) -> 
     training = config.training
     dataset = config.data.prepare(config.data.load_tokenizer())
     check_vocabulary(dataset, config.model.vocab_size)
-    place = {
+    place: dict[str, Any] = {
         f"{axis}_{what}": getattr(topology, what)(axis)
         for axis in ("dp", "cp")
         for what in ("rank", "size")
     }
+    place["split"] = config.context.split
+    if config.data.separate_documents:
+        place["end_of_text_id"] = dataset.end_of_text_id
     batches = TextBatches(
         dataset.tokens("train"),
         sequence_length=training.sequence_length,
         global_batch_size=training.global_batch_size,
         seed=training.seed,
         **place,
-        split=config.context.split,
     )
     heldout = _heldout(config, dataset, place)
     model = build_model(config, topology)
@@ -242,7 +247,12 @@ def make_trainer(config: RunConfig, topology: Topology, folder: Path | None) -> 
         checkpoints=Checkpoints(folder / CHECKPOINTS, training.keep_checkpoints)
         if folder
         else None,
-        identity={"data": dataset.fingerprint, **_model_identity(config.model)},
+        identity={
+            "data": dataset.fingerprint,
+            # Not False, which checkpoints of runs that did not know of it do not have.
+            "separate_documents": config.data.separate_documents or None,
+            **_model_identity(config.model),
+        },
         summarise=summarise,
     )
 
@@ -254,7 +264,7 @@ def _model_identity(config: MoEConfig) -> dict[str, Any]:
 
 
 def _heldout(
-    config: RunConfig, dataset: TokenDataset, place: Mapping[str, int]
+    config: RunConfig, dataset: TokenDataset, place: Mapping[str, Any]
 ) -> EvaluationBatches | tuple[()]:
     if dataset.num_tokens("heldout") < 2:
         return ()
@@ -264,7 +274,6 @@ def _heldout(
         global_batch_size=config.training.global_batch_size,
         num_windows=config.training.evaluation_sequences,
         **place,
-        split=config.context.split,
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fivefold.parallel_core.documents import starts_after
 from fivefold.parallel_core.errors import ConfigError, DataError
 from fivefold.parallel_core.sequence_split import Split, held
 from fivefold.parallel_core.training.permutation import permute
@@ -50,6 +51,7 @@ class _Windows:
         cp_rank: int,
         cp_size: int,
         split: Split,
+        end_of_text_id: int | None,
     ):
         _check_share("global_batch_size", global_batch_size, "dp", dp_rank, dp_size)
         _check_share("sequence_length", sequence_length, "cp", cp_rank, cp_size)
@@ -59,11 +61,30 @@ class _Windows:
         self._num_rows = global_batch_size // dp_size
         self._first_row = dp_rank * self._num_rows
         self._held = held(sequence_length, cp_size, cp_rank, split)
+        self._end_of_text_id = end_of_text_id
 
     def _rows(self, step: int) -> NDArray[np.int64]:
         """Numbers of this rank's rows at ``step``, counted over the whole run."""
         start = step * self.global_batch_size + self._first_row
         return np.arange(start, start + self._num_rows)
+
+    def _batch(self, windows: NDArray[np.int64], padding: int) -> tuple[Tensor, ...]:
+        """This rank's part of ``windows``, and of where their documents start if that is asked."""
+        pair, end = self._read(windows, padding), self._end_of_text_id
+        return pair if end is None else (*pair, self._starts(windows, end))
+
+    def _starts(self, windows: NDArray[np.int64], end_of_text_id: int) -> Tensor:
+        """For each token here where its document starts in its window.
+
+        A document that began before its window starts with it, and so does not reach back.
+        """
+        whole_bs = torch.zeros(len(windows), self.sequence_length, dtype=torch.int64)
+        for row, window in enumerate(windows.tolist()):
+            start = window * self.sequence_length
+            ids = self.tokens[start : start + self.sequence_length].astype(np.int64)
+            whole_bs[row, : len(ids)] = torch.from_numpy(ids)
+        starts_bs = starts_after(whole_bs, end_of_text_id)
+        return torch.cat([starts_bs[:, at.start : at.stop] for at in self._held], 1)
 
     def _read(self, windows: NDArray[np.int64], padding: int) -> tuple[Tensor, Tensor]:
         """This rank's part of ``windows``; 0 and ``padding`` as targets beyond the tokens."""
@@ -98,6 +119,8 @@ class TextBatches(_Windows):
         dp_rank, dp_size: this rank's place among those that read different rows.
         cp_rank, cp_size: its place among those that read different parts of the same rows.
         split: how these split a row; see ``sequence_split``.
+        end_of_text_id: the last token of every document; batches then say where documents start,
+            so that they do not see each other. None tells nothing of documents.
 
     Raises:
         DataError: fewer tokens than one window.
@@ -116,6 +139,7 @@ class TextBatches(_Windows):
         cp_rank: int = 0,
         cp_size: int = 1,
         split: Split = "contiguous",
+        end_of_text_id: int | None = None,
     ):
         super().__init__(
             tokens,
@@ -126,6 +150,7 @@ class TextBatches(_Windows):
             cp_rank=cp_rank,
             cp_size=cp_size,
             split=split,
+            end_of_text_id=end_of_text_id,
         )
         self.seed = seed
         self.num_windows = (len(tokens) - 1) // sequence_length
@@ -136,16 +161,17 @@ class TextBatches(_Windows):
                 f"{max(len(tokens) - 1, 0)}"
             )
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+    def batch(self, step: int) -> tuple[Tensor, ...]:
         """This rank's part of global batch ``step`` (from 0).
 
         Returns:
-            inputs and targets, int64 (global_batch_size / dp_size, sequence_length / cp_size).
+            inputs and targets, int64 (global_batch_size / dp_size, sequence_length / cp_size), and
+            with ``end_of_text_id`` starts of documents of the same shape (see ``documents``).
         """
         if step < 0:
             raise ConfigError(f"step is {step}: at least 0")
         # Training windows are always full: the padding value never shows.
-        return self._read(self.windows(step), padding=-1)
+        return self._batch(self.windows(step), padding=-1)
 
     def windows(self, step: int) -> NDArray[np.int64]:
         """Which windows this rank's rows of global batch ``step`` are, (rows,)."""
@@ -172,7 +198,7 @@ class EvaluationBatches(_Windows):
             uses all, and every token but the first is a target exactly once.
         ignore_index: target at padding, in a last short window and in rows that only fill up the
             last batch. All ranks have equally many batches of equal shape.
-        dp_rank, dp_size, cp_rank, cp_size, split: as in ``TextBatches``.
+        dp_rank, dp_size, cp_rank, cp_size, split, end_of_text_id: as in ``TextBatches``.
 
     Raises:
         DataError: fewer than two tokens.
@@ -192,6 +218,7 @@ class EvaluationBatches(_Windows):
         cp_rank: int = 0,
         cp_size: int = 1,
         split: Split = "contiguous",
+        end_of_text_id: int | None = None,
     ):
         super().__init__(
             tokens,
@@ -202,6 +229,7 @@ class EvaluationBatches(_Windows):
             cp_rank=cp_rank,
             cp_size=cp_size,
             split=split,
+            end_of_text_id=end_of_text_id,
         )
         if num_windows is not None and num_windows < 1:
             raise ConfigError(f"num_windows is {num_windows}: at least 1, or None for all")
@@ -215,23 +243,19 @@ class EvaluationBatches(_Windows):
         """Number of batches."""
         return -(-self.num_windows // self.global_batch_size)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         """All batches in order."""
         return (self.batch(number) for number in range(len(self)))
 
-    def batch(self, number: int) -> tuple[Tensor, Tensor]:
-        """This rank's part of batch ``number``.
-
-        Returns:
-            inputs and targets, int64 (global_batch_size / dp_size, sequence_length / cp_size).
-        """
+    def batch(self, number: int) -> tuple[Tensor, ...]:
+        """This rank's part of batch ``number``, as ``TextBatches.batch`` gives one."""
         if not 0 <= number < len(self):
             raise ConfigError(f"batch {number} of {len(self)}: from 0 to {len(self) - 1}")
         rows = self._rows(number)
         # Rows that only fill up the batch get the first window number that holds no target.
         spread = rows * self._num_available // self.num_windows
         windows = np.where(rows < self.num_windows, spread, self._num_available)
-        return self._read(windows, self.ignore_index)
+        return self._batch(windows, self.ignore_index)
 
 
 def _check_share(name: str, total: int, axis: str, rank: int, size: int) -> None:

@@ -127,8 +127,11 @@ def _at_least_one(name: str, value: int) -> None:
 class Batches(Protocol):
     """Training batches, addressed by step."""
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """This rank's inputs and targets of a step, (B, S) each."""
+    def batch(self, step: int) -> tuple[Tensor, ...]:
+        """This rank's inputs and targets of a step, (B, S) each.
+
+        Where documents are packed also starts of documents, as ``Runner.train`` takes them.
+        """
         ...
 
 
@@ -175,7 +178,7 @@ class Trainer:
         model: ParallelModel,
         runner: Runner,
         batches: Batches,
-        heldout: Iterable[tuple[Tensor, Tensor]] = (),
+        heldout: Iterable[tuple[Tensor, ...]] = (),
         *,
         checkpoints: Checkpoints | None = None,
         identity: Mapping[str, Any] | None = None,
@@ -263,11 +266,12 @@ class Trainer:
     def train_step(self) -> bool:
         """One optimizer step; returns whether any rank was asked to stop."""
         start = time.perf_counter()
-        inputs, targets = (x.to(self.topology.device) for x in self.batches.batch(self.step))
+        batch = (x.to(self.topology.device) for x in self.batches.batch(self.step))
+        inputs, targets, *starts = batch
         self.model.train()
         self.model.weigh_side_losses(1 / self.config.global_batch_size)
         tokens = max(float(sum_over(self._count(targets), self.topology.axis("dp-cp"))), 1.0)
-        loss = self.runner.train(inputs, targets, 1 / tokens)
+        loss = self.runner.train(inputs, targets, 1 / tokens, *starts)
         norm, learning_rate = self._update()
         sums = self._sum_totals(loss)
         stop = bool(sums.pop("stop") > 0)
@@ -330,9 +334,10 @@ class Trainer:
         self.model.train(False)
         sums = {"loss": torch.zeros((), dtype=torch.float64), "tokens": torch.zeros(())}
         last = self.topology.rank("pp") == self.topology.size("pp") - 1
-        for inputs, targets in self.heldout:
-            inputs, targets = inputs.to(self.topology.device), targets.to(self.topology.device)
-            sums["loss"] += self._once_per_tp(self.runner.evaluate(inputs, targets)).cpu()
+        for batch in self.heldout:
+            inputs, targets, *starts = (x.to(self.topology.device) for x in batch)
+            loss = self.runner.evaluate(inputs, targets, *starts)
+            sums["loss"] += self._once_per_tp(loss).cpu()
             sums["tokens"] += self._once_per_tp(self._count(targets)).cpu() * last
         self.model.drain_side_outputs()  # what a model counts here is none of the next step's
         totals = self._heldout_totals.sum(sums)
