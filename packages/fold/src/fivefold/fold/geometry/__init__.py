@@ -1,0 +1,1 @@
+"""Rigid transforms, torsions, and the atoms of the twenty amino acids."""

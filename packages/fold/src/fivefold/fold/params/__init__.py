@@ -1,0 +1,1 @@
+"""Parameters of AlphaFold, OpenFold, MLPerf and ScaleFold, read and written without loss."""
