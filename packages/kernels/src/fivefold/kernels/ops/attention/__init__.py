@@ -70,6 +70,7 @@ def attention(
         bias: added to the scores in natural units; floating-point, broadcastable to
             (..., H, Tq, Tk), with a gradient of its own shape.
         key_mask: True where a key may be attended; bool, broadcastable to (..., Tk).
+            Keys and values that are masked have to be finite all the same, as for torch.
         is_causal: query i sees key j only where j <= i + causal_offset.
         causal_offset: 0 puts the first query at the first key, as torch does; Tk - Tq puts the
             last query at the last key, as a cache of keys needs it.
