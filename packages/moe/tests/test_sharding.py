@@ -46,6 +46,9 @@ CASES = [
     case(tp=2, cp=2, ep=8),  # EP over TP, CP and DP at once
     case(tp=2, ep=4),  # EDP 2, DP 4
     case(tp=2, ep=4, data=ZERO3),
+    case(tp=2, ep=4, data=DataParallelConfig(form="zero1")),
+    case(tp=2, pp=2, ep=2, data=DataParallelConfig(form="replicate", expert_form="zero1")),
+    case(ep=4, microbatch_size=1, data=DataParallelConfig(shard_size=4, expert_form="zero1")),
     case(TWELVE, tp=2, ep=4),  # three experts per rank
     case(tp=2, etp=4, ep=2),  # ETP > TP
     case(etp=4, microbatch_size=1),  # ETP without EP

@@ -118,6 +118,15 @@ def test_a_file_that_is_wrong(
             "1F1B over 4 pipeline ranks needs at least 4 microbatches in a step, found 2",
         ),
         (
+            {
+                "layout.ep": "4",
+                "training.global_batch_size": "8",
+                "training.data_parallel.expert_shard_size": "4",
+            },
+            ConfigError,
+            "expert_shard_size=4 does not divide the 2 ranks of edp; legal: 1, 2",
+        ),
+        (
             {"layout.pp": "4", "training.global_batch_size": "8"},
             MoEConfigError,
             "num_layers=2 cannot fill 4 pipeline stages",
