@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from fivefold.hybrid_ssm import HybridConfig, HybridForCausalLM
+from fivefold.hybrid_ssm.cli import main
 
 from .oracles import liven, save_theirs, their_model
+from .runs import write_run
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +62,25 @@ def oracle(tmp_path: Path) -> Callable[..., tuple[HybridForCausalLM, Any]]:
         return HybridForCausalLM.from_pretrained(folder, dtype=dtype), theirs
 
     return make
+
+
+@pytest.fixture(scope="session")
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The TOML file of a tiny run, beside its text; see ``runs``."""
+    return write_run(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="session")
+def finished_run(run_file: Path) -> Path:
+    """The folder of that run after its six steps on 4 ranks; only to be read."""
+    folder = run_file.parent / "finished"
+    assert main(["train", "--config", str(run_file), "--run", str(folder), "--nproc", "4"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported_run(finished_run: Path) -> Path:
+    """That run's model in Hugging Face form; only to be read."""
+    folder = finished_run.parent / "model"
+    assert main(["export", "--run", str(finished_run), "--output", str(folder)]) == 0
+    return folder

@@ -241,10 +241,13 @@ def test_a_wide_residual_is_float32(oracle: Oracle) -> None:
     ("options", "message"),
     [
         ({"attention_mask": torch.ones(1, 3)}, r"attention_mask has shape \(1, 3\); .* \(2, 4\)$"),
-        ({"seq_ids": torch.ones(2, 5)}, r"seq_ids has shape \(2, 5\); it must be .* \(2, 4\)$"),
         (
-            {"seq_ids": torch.ones(2, 4), "cache": HybridCache(4)},
-            "seq_ids .* came together with a cache",
+            {"seq_ids": torch.ones(2, 5, dtype=torch.long)},
+            r"seq_ids are torch.int64 of shape \(2, 5\); they must be .* \(2, 4\)$",
+        ),
+        (
+            {"seq_ids": torch.ones(2, 4, dtype=torch.long), "cache": HybridCache(4)},
+            "several documents in a row came together with a cache",
         ),
         ({"cache": HybridCache(3)}, "room for 3 tokens and holds 0; 4 more do not fit; .*=4"),
     ],

@@ -5,7 +5,7 @@ Nemotron-H, arXiv 2504.03624: one residual around each layer, no positions anywh
 Legend: B sequences, S tokens of a sequence here, H hidden width, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,13 +16,15 @@ from fivefold.hybrid_ssm.blocks.mamba import MambaMixer
 from fivefold.hybrid_ssm.blocks.mlp import MLP
 from fivefold.hybrid_ssm.cache import HybridCache
 from fivefold.hybrid_ssm.config import HybridConfig
-from fivefold.hybrid_ssm.errors import HybridConfigError
+from fivefold.hybrid_ssm.errors import HybridConfigError, HybridInputError
+from fivefold.hybrid_ssm.generate import generate
 from fivefold.hybrid_ssm.initial import DRAWN, head_values, rule
 from fivefold.hybrid_ssm.loss import TokenLoss
 from fivefold.hybrid_ssm.memory import ALONE, Context, make_context
 from fivefold.hybrid_ssm.norm import RMSNorm
 from fivefold.hybrid_ssm.pattern import ATTENTION, EXPERTS, MAMBA
 from fivefold.hybrid_ssm.pretrained import Pretrained
+from fivefold.parallel_core.documents import starts_of_ids
 from fivefold.parallel_core.losses import SideOutputs
 
 
@@ -68,6 +70,15 @@ def _mixer(config: HybridConfig, index: int, side: SideOutputs) -> nn.Module:
     return ExpertsMixer(config, index, side)
 
 
+def _starts(seq_ids: Tensor, shape: tuple[int, int]) -> Tensor:
+    if tuple(seq_ids.shape) != shape or seq_ids.is_floating_point():
+        raise HybridInputError(
+            f"seq_ids are {seq_ids.dtype} of shape {tuple(seq_ids.shape)}; they must be integers "
+            f"of the tokens' shape, {shape}"
+        )
+    return starts_of_ids(seq_ids)
+
+
 class HybridForCausalLM(Pretrained):
     """Token ids in, logits of the next token out.
 
@@ -82,7 +93,6 @@ class HybridForCausalLM(Pretrained):
         side: losses and counts of all layers, see ``SideOutputs``.
         layers: by their global index.
         loss: seam; sum of the tokens' cross entropies.
-        boundary: seam; document ids of token ids (B, S), or None where each row is one document.
 
     >>> config = HybridConfig(vocab_size=100, hidden_size=32, pattern="M-M*-", num_mamba_heads=4,
     ...                       mamba_head_dim=16, state_size=16, num_groups=2, intermediate_size=48,
@@ -117,7 +127,6 @@ class HybridForCausalLM(Pretrained):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.to_empty(device=device)
         self.loss: nn.Module = TokenLoss()
-        self.boundary: nn.Module | None = None
         self.tie_weights()
         self.reset_parameters()
 
@@ -128,6 +137,7 @@ class HybridForCausalLM(Pretrained):
         *,
         attention_mask: Tensor | None = None,
         seq_ids: Tensor | None = None,
+        document_starts: Tensor | None = None,
         logits_to_keep: int = 0,
     ) -> Tensor:
         """Run the layers that are here.
@@ -139,6 +149,8 @@ class HybridForCausalLM(Pretrained):
                 gives the others the same logits as without padding.
             seq_ids: integers (B, S); tokens of one row see only those of their own id, which lie
                 side by side: packed documents.
+            document_starts: the same said in another way, which holds for parts of sequences too:
+                for each token the position, in the whole sequence, of its document's first.
             logits_to_keep: logits of so many last tokens only; 0 is all.
 
         Returns:
@@ -148,10 +160,10 @@ class HybridForCausalLM(Pretrained):
             HybridInputError: shapes that do not fit, no room in the cache, or documents together
                 with a cache or padding.
         """
-        if seq_ids is None and self.boundary is not None and self.training:
-            seq_ids = self.boundary(x)
         shape = (x.shape[0], x.shape[1])
-        context = make_context(shape, cache, attention_mask, seq_ids, self.has_attention)
+        if seq_ids is not None:
+            document_starts = _starts(seq_ids, shape)
+        context = make_context(shape, cache, attention_mask, document_starts, self.has_attention)
         if self.embed_tokens is not None:
             x = self.embed_tokens(x)
         if self.config.residual_in_fp32:
@@ -167,11 +179,14 @@ class HybridForCausalLM(Pretrained):
             x = self.norm(x.to(self.norm.weight.dtype) if self.config.residual_in_fp32 else x)
         return x if self.lm_head is None else self.lm_head(x)
 
-    def generate(self, input_ids: Any, **options: Any) -> Tensor:
-        """Continue texts; see ``fivefold.hybrid_ssm.generate.generate`` for the options."""
-        from fivefold.hybrid_ssm.generate import generate
+    def generate(
+        self, input_ids: Tensor | Sequence[Sequence[int]], max_new_tokens: int, **options: Any
+    ) -> Tensor:
+        """Continue texts (B, S) to (B, S + max_new_tokens) at most.
 
-        return generate(self, input_ids, **options)
+        See ``fivefold.hybrid_ssm.generate.generate``, whose options this takes.
+        """
+        return generate(self, input_ids, max_new_tokens, **options)
 
     def initialisation(self, name: str) -> tuple[str, float]:
         """How the parameter called ``name`` starts; see ``initial.rule``."""

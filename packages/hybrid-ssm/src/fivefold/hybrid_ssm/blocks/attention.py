@@ -3,17 +3,13 @@
 Legend: B sequences, S queries here, T keys, D width of a head, H hidden width.
 """
 
-from itertools import pairwise
-
-import torch
 from torch import Tensor, nn
 
 from fivefold.hybrid_ssm.config import HybridConfig
 from fivefold.hybrid_ssm.memory import ALONE, Context
 from fivefold.kernels import attention
+from fivefold.parallel_core.documents import Documents
 from fivefold.parallel_core.linear_group import LinearGroup
-
-Stretches = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
 
 
 class AttentionCore(nn.Module):
@@ -28,6 +24,7 @@ class AttentionCore(nn.Module):
         k_bthd: Tensor,
         v_bthd: Tensor,
         query_start: int | None = None,
+        documents: Documents | None = None,
         key_mask: Tensor | None = None,
     ) -> Tensor:
         """Attend.
@@ -39,11 +36,15 @@ class AttentionCore(nn.Module):
             v_bthd: values, like the keys.
             query_start: position of the first query; the default puts the last query at the
                 last key.
+            documents: of these tokens, where several are packed into a row; work and memory are
+                then those of the documents.
             key_mask: (B, T), False at keys that nobody sees.
 
         Returns:
             (B, S, query heads, D); zeros where a query sees no key.
         """
+        if documents is not None:
+            return documents.attend(self.partial, q_bshd, k_bthd, v_bthd)
         start = k_bthd.shape[1] - q_bshd.shape[1] if query_start is None else query_start
         return self._attend(q_bshd, k_bthd, v_bthd, start, key_mask)[0]
 
@@ -97,29 +98,11 @@ class Attention(nn.Module):
     def forward(self, x_bsh: Tensor, context: Context = ALONE, name: str = "") -> Tensor:
         """Hidden states (B, S, H) to (B, S, H); the layer's name finds its part of the cache."""
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv(x_bsh))
-        if context.stretches:
-            out = self._each_document(q, k, v, context.stretches)
-        elif context.cache is not None:
+        if context.cache is not None:
             k, v = context.cache.keys_values(name).append(k, v, context.start)
-            out = self.core(q, k, v, context.start, context.key_mask)
+            out = self.core(q, k, v, context.start, key_mask=context.key_mask)
         elif context.key_mask is not None:
-            out = self.core(q, k, v, 0, context.key_mask)
+            out = self.core(q, k, v, 0, key_mask=context.key_mask)
         else:
-            out = self.core(q, k, v)
+            out = self.core(q, k, v, documents=context.documents)
         return self.o_proj(out.flatten(-2))
-
-    def _each_document(self, q: Tensor, k: Tensor, v: Tensor, stretches: Stretches) -> Tensor:
-        """Attend within documents; work and memory are those of the documents, not of the row."""
-        outs = []
-        for rows, borders in stretches:
-            whole = len(rows) == q.shape[0]
-            mine = [x if whole else x[list(rows)] for x in (q, k, v)]
-            parts = [
-                self.core(*(x[:, start:stop] for x in mine))
-                for start, stop in pairwise(borders)
-            ]
-            outs.append(torch.cat(parts, dim=1))
-        if len(outs) == 1:
-            return outs[0]
-        order = [row for rows, _ in stretches for row in rows]
-        return torch.cat(outs)[torch.tensor(order, device=q.device).argsort()]

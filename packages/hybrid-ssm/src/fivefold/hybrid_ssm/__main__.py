@@ -1,0 +1,7 @@
+"""``python -m fivefold.hybrid_ssm``: what ``torchrun -m`` starts."""
+
+import sys
+
+from fivefold.hybrid_ssm.cli import main
+
+sys.exit(main())
