@@ -266,6 +266,27 @@ def test_groups_that_cannot_be_made(run: Runner, monkeypatch: pytest.MonkeyPatch
     assert found.error.count("\n") == 1 and "Traceback" not in found.error
 
 
+def test_the_rank_that_knows_why_is_heard_though_it_is_the_last_to_speak(
+    run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 hears everybody first, so the others have ended long before it tells."""
+
+    def fail(call: Any, *args: Any) -> None:
+        raise RuntimeError("no route to host")
+
+    def late(healthy: Any, *args: Any) -> Any:
+        outcome = healthy(*args)
+        time.sleep(4 if args[0].rank == 0 else 0)
+        return outcome
+
+    healthy = rounds.Rounds._run
+    monkeypatch.setattr(rounds.Rounds, "_run", lambda *args: late(healthy, *args))
+    on_sick_rank(monkeypatch, dist, "new_group", fail)
+    found = run("--tp", "2", "--nproc", "4")
+    assert found.status == 1
+    assert "error on rank 1: RuntimeError: no route to host" in found.error
+
+
 # ---- ranks that hang, stop and die ---------------------------------------------------------
 
 

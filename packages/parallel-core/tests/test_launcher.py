@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fivefold.parallel_core.errors import ConfigError, ParallelError, RankError
+from fivefold.parallel_core.errors import ConfigError, FollowUpError, ParallelError, RankError
 from fivefold.parallel_core.launcher import connect, disconnect, launch, under_torchrun
 from fivefold.parallel_core.launcher import rank as rank_module
 
@@ -203,6 +203,22 @@ class TestFailure:
                 raise KeyError("a wrapper") from error
 
         assert _failure(work, 3).startswith("rank 1 of 3 failed: ValueError: the cause\n")
+
+    def test_a_rank_that_points_to_another_waits_for_it(self) -> None:
+        def work() -> None:
+            if dist.get_rank() == 2:
+                time.sleep(3)  # longer than what nobody explains is waited for
+                raise ValueError("the cause")
+            raise FollowUpError("rank 2 says why", cause=2)
+
+        assert _failure(work, 3).startswith("rank 2 of 3 failed: ValueError: the cause\n")
+
+    def test_a_rank_that_points_to_one_that_is_gone_is_heard(self) -> None:
+        def work() -> None:
+            if dist.get_rank() == 0:
+                raise FollowUpError("rank 1 says why", cause=1)
+
+        assert _failure(work, 2).startswith("rank 0 of 2 failed: ")
 
     def test_left_out_collective_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def work() -> None:

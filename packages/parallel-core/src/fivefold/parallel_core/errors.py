@@ -38,5 +38,21 @@ class RankError(ParallelError, RuntimeError):
         self.summary = message if summary is None else summary
 
 
+class FollowUpError(RankError):
+    """A rank that ends because another one failed, which says why.
+
+    Attributes:
+        cause: the rank that says why; None where it is not known.
+
+    Args:
+        message: what this rank noticed.
+        cause: the rank that says why.
+    """
+
+    def __init__(self, message: str, cause: int | None = None):
+        super().__init__(message)
+        self.cause = cause
+
+
 EXPECTED: tuple[type[Exception], ...] = (ParallelError, ImportError, OSError)
 """Errors whose message says all: our own, a package that is missing, and the system's."""

@@ -9,7 +9,7 @@ import torch
 from fivefold.parallel_core.doctor.probes import DTYPES, PROBES, Call, Values, barrier, difference
 from fivefold.parallel_core.doctor.report import Check, Examined, Report, by_collective, line
 from fivefold.parallel_core.doctor.rounds import Outcome, Rounds, Verdict
-from fivefold.parallel_core.errors import ConfigError, RankError
+from fivefold.parallel_core.errors import ConfigError, FollowUpError, RankError
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.ledger import CommLedger
 from fivefold.parallel_core.topology import AXES, Axis, Topology
@@ -125,7 +125,7 @@ class _Examination:
         if check.failures:
             raise RankError(f"the groups cannot be made: {line('world', [check]).strip()}")
         if outcome.stop or not outcome.in_step or not made:
-            raise RankError("the groups cannot be made; rank 0 says why")
+            raise FollowUpError("the groups cannot be made; rank 0 says why", cause=0)
         return made[0]
 
     def _examine(self, examined: Examined, topology: Topology) -> None:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
-from fivefold.parallel_core.errors import RankError
+from fivefold.parallel_core.errors import FollowUpError, RankError
 
 SLACK = 5.0
 """Seconds that a rank may be late with its verdict before it is taken for dead."""
@@ -100,7 +100,7 @@ class Rounds:
             raise
         except RuntimeError as error:  # the stores have no closer name for it
             reason = str(error).strip().splitlines()[0]
-            raise RankError(f"the store by which the ranks met is gone: {reason}") from error
+            raise FollowUpError(f"the store by which the ranks met is gone: {reason}") from error
 
     def _run(self, work: Callable[[], Verdict], group: tuple[int, ...]) -> Outcome:
         self._count += 1
@@ -113,7 +113,8 @@ class Rounds:
             return outcome
         # Longer than rank 0 waits for the others before it says how they did.
         if not self._wait(["outcome"], self._timeout + 2 * SLACK):
-            raise RankError(f"rank 0 gave no answer within {self._timeout + 2 * SLACK:g} s")
+            seconds = self._timeout + 2 * SLACK
+            raise FollowUpError(f"rank 0 gave no answer within {seconds:g} s")
         in_step, stop = json.loads(self._store.get(self._key("outcome")))
         return Outcome(verdicts=(), in_step=in_step, stop=stop)
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fivefold.parallel_core.errors import EXPECTED
+from fivefold.parallel_core.errors import EXPECTED, FollowUpError
 
 HEADER = struct.Struct("=cQ")
 """What precedes every message to the parent: its kind and the number of bytes that follow."""
@@ -92,6 +92,7 @@ class Failure:
         details: traceback or stacks; may be empty.
         message: the error's own words where they say all that a user needs to know; else empty.
         is_consequence: another rank went away first, this one only noticed.
+        cause: the rank that says why this one ended, where it is known.
         is_stop: the rank ended because it was asked to.
     """
 
@@ -100,6 +101,7 @@ class Failure:
     details: str = ""
     message: str = ""
     is_consequence: bool = False
+    cause: int | None = None
     is_stop: bool = False
 
     @classmethod
@@ -111,7 +113,8 @@ class Failure:
             what=f"failed: {summary}",
             details="".join(traceback.format_exception(type(error), error, _frames(error))).strip(),
             message=str(error) if isinstance(error, EXPECTED) else "",
-            is_consequence=_lost_a_peer(error),
+            is_consequence=isinstance(error, FollowUpError) or _lost_a_peer(error),
+            cause=error.cause if isinstance(error, FollowUpError) else None,
             is_stop=isinstance(error, KeyboardInterrupt | SystemExit),
         )
 

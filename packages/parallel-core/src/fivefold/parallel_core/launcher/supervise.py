@@ -16,6 +16,7 @@ from fivefold.parallel_core.launcher.rank import STACK_SIGNAL, Failure
 _POLL = 0.05  # seconds between looks at signals, deadlines and dead ranks
 _SETTLE = 0.2  # seconds in which an earlier failure may still be on its way
 _SETTLE_CONSEQUENCE = 2.0  # the same where all we know is that another rank went away
+_SETTLE_NAMED = 15.0  # the same where we know which one, and it has not ended yet
 # Wrappers such as a task runner pass on the Ctrl-C that the terminal has sent to us already.
 _SAME_STROKE = 0.3
 _LEAVE = 30.0  # seconds that a rank has to end once its result is here
@@ -125,10 +126,16 @@ class Supervisor:
         """Whether a rank still runs, and no failure is old enough to be the first one."""
         now = time.monotonic()
         failures = [rank.failure for rank in self._ranks if rank.failure is not None]
-        settled = any(
-            now - f.time > (_SETTLE_CONSEQUENCE if f.is_consequence else _SETTLE) for f in failures
-        )
+        settled = any(now - failure.time > self._patience(failure) for failure in failures)
         return not settled and not all(rank.is_over for rank in self._ranks)
+
+    def _patience(self, failure: Failure) -> float:
+        """Seconds in which a failure that explains this one may still be on its way."""
+        if not failure.is_consequence:
+            return _SETTLE
+        if failure.cause is None or self._ranks[failure.cause].is_over:
+            return _SETTLE_CONSEQUENCE
+        return _SETTLE_NAMED
 
     def _is_late(self) -> bool:
         return time.monotonic() - self._start > self._timeout
