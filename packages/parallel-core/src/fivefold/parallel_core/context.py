@@ -3,6 +3,8 @@
 Three ways, for any attention core: gather all keys and values (``GatheredContext``), pass them
 round the ranks (``RingContext``, in ``ring``), or exchange tokens for heads (``HeadsContext``).
 
+What is not attention splits as well: a ``SplitMixer`` of a package's own, on ``carry``.
+
 Legend: B sequences, S tokens of the whole sequence, P = S/cp tokens here, D width of a head.
 """
 
@@ -18,7 +20,36 @@ from fivefold.parallel_core.sequence_split import Split, held
 from fivefold.parallel_core.topology import Axis
 
 
-class ContextCore(nn.Module):
+class SplitMixer(nn.Module):
+    """What mixes tokens of a sequence that is split over ranks; the base of all such forms.
+
+    A package makes a mixer of its own parallel by a subclass whose ``forward`` has the arguments
+    of the mixer it stands for, with this rank's tokens in place of all, and which its plan names:
+    ``"layers.*.mixer.core": SplitContext(form=SplitScan)``. It holds the mixer as ``core`` and
+    must have no parameters, nor must the mixer, as their names would change; they belong to
+    modules beside it. ``carry`` brings what crosses the borders.
+
+    Args:
+        core: what stands there on one device.
+        axis: the ranks that split the sequence.
+        split: how they split it.
+    """
+
+    def __init__(self, core: nn.Module, axis: Axis, split: Split = "contiguous"):
+        super().__init__()
+        self.core, self.axis, self.split = core, axis, split
+
+    def held(self, length: int, rank: int | None = None) -> tuple[range, ...]:
+        """Positions that a rank holds where every rank holds ``length``; the default is this."""
+        rank = self.axis.rank if rank is None else rank
+        return held(length * self.axis.size, self.axis.size, rank, self.split)
+
+    def pieces(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, P, ...) as the consecutive pieces of the sequence that it is made of."""
+        return x.split([len(at) for at in self.held(x.shape[1])], dim=1)
+
+
+class ContextCore(SplitMixer):
     """An attention core over a split sequence; the base of its three forms.
 
     Args:
@@ -28,10 +59,6 @@ class ContextCore(nn.Module):
         axis: the ranks that split the sequence.
         split: how they split it.
     """
-
-    def __init__(self, core: nn.Module, axis: Axis, split: Split = "contiguous"):
-        super().__init__()
-        self.core, self.axis, self.split = core, axis, split
 
     def forward(
         self,
@@ -81,11 +108,6 @@ class ContextCore(nn.Module):
                 f"{type(self.core).__name__} has not; train on one document in each sequence"
             )
         return partial
-
-    def held(self, length: int, rank: int | None = None) -> tuple[range, ...]:
-        """Positions that a rank holds where every rank holds ``length``; the default is this."""
-        rank = self.axis.rank if rank is None else rank
-        return held(length * self.axis.size, self.axis.size, rank, self.split)
 
 
 class GatheredContext(ContextCore):

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from fivefold.parallel_core.collectives import piece_size, sum_over
 from fivefold.parallel_core.context import (
-    ContextCore,
     GatheredContext,
     HeadsContext,
+    SplitMixer,
     SplitPositions,
 )
 from fivefold.parallel_core.errors import ConfigError
@@ -263,7 +263,7 @@ class VocabParallelLoss(Style):
         return VocabParallelCrossEntropy.of(loss, table.topology.axis(self.axis), self.vocab_size)
 
 
-CONTEXT_FORMS: Mapping[str, type[ContextCore]] = {
+CONTEXT_FORMS: Mapping[str, type[SplitMixer]] = {
     "gather": GatheredContext,
     "ring": RingContext,
     "heads": HeadsContext,
@@ -272,21 +272,21 @@ CONTEXT_FORMS: Mapping[str, type[ContextCore]] = {
 
 @dataclass(frozen=True)
 class SplitContext(Style):
-    """Attention over a sequence that is split over "cp".
+    """Attention, or another mixer, over a sequence that is split over "cp".
 
     Attributes:
-        form: "gather" (all keys and values are gathered), "ring" (they pass by; the core needs
-            ``partial``), "heads" (tokens are exchanged for heads), or a ``ContextCore`` class that
-            does it another way.
+        form: of attention "gather" (all keys and values are gathered), "ring" (they pass by; the
+            core needs ``partial``) or "heads" (tokens are exchanged for heads); of another mixer,
+            or for another way, a ``SplitMixer`` class.
         split: how the sequence is split; ``ContextPositions`` and the data need the same.
     """
 
-    form: str | type[ContextCore] = "gather"
+    form: str | type[SplitMixer] = "gather"
     split: Split = "contiguous"
     axis: str = "cp"
 
     def apply(self, module: nn.Module, name: str, table: ParameterTable) -> nn.Module:
-        """Wrap an attention core."""
+        """Wrap the core of a mixer."""
         kind = CONTEXT_FORMS.get(self.form) if isinstance(self.form, str) else self.form
         if kind is None:
             raise ConfigError(
@@ -297,6 +297,12 @@ class SplitContext(Style):
             raise ConfigError(
                 f"SplitContext at {name!r}: a ring needs a core with partial(q, k, v, offset), "
                 f"which {type(module).__name__} has not; use 'gather' or 'heads'"
+            )
+        held = [key for key, _ in module.named_parameters()]
+        if held:
+            raise ConfigError(
+                f"SplitContext at {name!r} wraps {type(module).__name__}, which would rename its "
+                f"parameter(s) {', '.join(held)}; they belong to a module beside it"
             )
         axis = table.topology.axis(self.axis)
         return kind(module, axis, self.split) if axis.size > 1 else module
