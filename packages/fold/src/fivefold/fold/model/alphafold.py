@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fivefold.fold.config import AlphaFoldConfig
 from fivefold.fold.errors import FoldInputError
@@ -20,6 +20,7 @@ from fivefold.fold.model.heads import Heads
 from fivefold.fold.model.primitives import Linear
 from fivefold.fold.model.structure import StructureModule
 from fivefold.fold.model.templates import TemplateEmbedder
+from fivefold.fold.params.pretrained import Pretrained
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Previous:
         )
 
 
-class AlphaFold(nn.Module):
+class AlphaFold(Pretrained):
     """AlphaFold 2 for single chains.
 
     Args:
@@ -71,8 +72,7 @@ class AlphaFold(nn.Module):
     }
 
     def __init__(self, config: AlphaFoldConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.chunk_size: int | None = None
         self.input_embedder = InputEmbedder(config)
         self.recycling_embedder = RecyclingEmbedder(config)

@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 
 from fivefold.fold.config import AlphaFoldConfig, StackConfig
-from fivefold.fold.model.alphafold import AlphaFold
 
 Style = Literal["alphafold", "openfold", "mlperf"]
 STYLES: tuple[Style, ...] = ("alphafold", "openfold", "mlperf")
@@ -151,6 +150,8 @@ class _Maker:
 
 def table(config: AlphaFoldConfig) -> Table:
     """The table of a network: each of our parameters in order, with its parts."""
+    from fivefold.fold.model.alphafold import AlphaFold  # which reads and writes by this table
+
     with torch.device("meta"):
         model = AlphaFold(config)
     shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
