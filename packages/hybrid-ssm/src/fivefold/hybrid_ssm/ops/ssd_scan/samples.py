@@ -172,10 +172,12 @@ SAMPLES = OpSamples(
     function=ssd_scan,
     eager=eager,
     small=(
-        _all("all", (2, 37, 4, 5, 2, 9), [[0] * 11 + [4] * 26, [1] * 20 + [0] * 17], 16),
-        _bare("bare", (1, 33, 2, 17, 1, 18)),
-        _all("blocks and segments", (1, 70, 9, 2, 1, 3), [[0] * 33 + [1] * 3 + [0] * 34], 2),
-        _all("strong decay", (1, 20, 2, 4, 2, 4), [[5] * 20], decay=40.0),
+        _all("all", (1, 19, 2, 5, 1, 9), [[0] * 11 + [4] * 6 + [0] * 2], 16),
+        _bare("bare", (2, 17, 4, 3, 2, 5), chunk_size=16),
+        _all("strong decay", (1, 9, 2, 4, 2, 4), [[5] * 9], decay=40.0),
+        # What the backends cut in pieces: 9 heads of a group, 34 chunks, wide heads and states.
+        _all("blocks and segments", (1, 34, 9, 2, 1, 3), [[0] * 33 + [1]], 1),
+        _bare("wide", (1, 17, 1, 17, 1, 130), chunk_size=16),
         _bare("one token", (2, 1, 2, 3, 1, 5), return_final_state=True),
         _bare("no sequence", (0, 9, 2, 3, 1, 4), return_final_state=True),
     ),
