@@ -17,9 +17,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from fivefold.parallel_core import checkpoint
 from fivefold.parallel_core.build import build, make_runner
 from fivefold.parallel_core.checkpoint import Checkpoints
-from fivefold.parallel_core.errors import ConfigError, ParallelError
+from fivefold.parallel_core.errors import CheckpointError, ConfigError, ParallelError
 from fivefold.parallel_core.launcher import launch
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.losses import SideOutputs
@@ -490,3 +491,98 @@ def test_a_batch_that_does_not_divide_is_refused_with_its_numbers() -> None:
     assert config.num_microbatches(2, 1) == 1
     with pytest.raises(ConfigError, match=r"global_batch_size=8 is not .* = 3 \* 4 = 12"):
         config.num_microbatches(3, 1)
+
+
+# ---- checkpoints in the background ---------------------------------------------------------
+
+
+def test_a_run_that_saves_in_the_background_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"checkpoint_every": 1, "checkpoint_in_background": True}
+    whole, _ = make_trainer(Topology.local(), steps=4)
+    whole.fit()
+    first, _ = make_trainer(Topology.local(), folder=tmp_path, steps=3, **options)
+    first.fit()
+    assert first.checkpoints is not None and not first.checkpoints.is_busy
+    assert Checkpoints(tmp_path).steps() == [1, 2, 3]
+    resumed, _ = make_trainer(Topology.local(), folder=tmp_path, seed=99, steps=4, **options)
+    assert resumed.resume() == 3
+    resumed.fit()
+    expected = end(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in end(resumed).items())
+
+
+def full(*args: object, **options: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def on_ranks_that_cannot_save(folder: Path) -> tuple[str, int]:
+    """Both ranks end at the same step, with the reason."""
+    topology = Topology(Layout(2))
+    trainer, _ = make_trainer(
+        topology, folder=folder, steps=50, checkpoint_every=40, checkpoint_in_background=True
+    )
+    trainer.train_step()
+    checkpoint.save = full
+    trainer.save(in_background=True)
+    with pytest.raises(CheckpointError) as caught:
+        trainer.fit()
+    return str(caught.value), trainer.step
+
+
+def test_a_save_that_fails_in_the_background_ends_the_run_on_all_ranks(tmp_path: Path) -> None:
+    (text, step), other = launch(on_ranks_that_cannot_save, 2, tmp_path, timeout=200)
+    assert (text, step) == other
+    assert "the checkpoint after step 1 cannot be saved" in text and "No space left" in text
+    assert step < 40, "before the next one is due"
+
+
+def test_an_error_in_training_waits_for_the_checkpoint(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise ValueError("a bad file")
+
+    trainer, _ = make_trainer(
+        Topology.local(),
+        folder=tmp_path,
+        checkpoint_every=1,
+        checkpoint_in_background=True,
+        interrupt={2: fail},
+    )
+    with pytest.raises(ValueError, match="a bad file"):
+        trainer.fit()
+    assert trainer.checkpoints is not None and not trainer.checkpoints.is_busy
+    assert Checkpoints(tmp_path).latest() == trainer.checkpoints.path(2)
+
+
+def test_the_best_and_the_regular_checkpoints_are_kept(tmp_path: Path) -> None:
+    trainer, _ = make_trainer(
+        Topology.local(),
+        steps=5,
+        keep_checkpoints=1,
+        keep_checkpoints_every=2,
+        keep_best_checkpoints=1,
+        checkpoint_every=1,
+        evaluate_every=1,
+    )
+    trainer.checkpoints = Checkpoints(tmp_path, trainer.config.retention)
+    losses: list[float] = []
+    trainer.report = lambda step, told: losses.extend(
+        [told["heldout_loss"]] if "heldout_loss" in told else []
+    )
+    trainer.fit()
+    assert len(losses) == 5
+    best = losses.index(min(losses)) + 1
+    assert trainer.checkpoints.steps() == sorted({2, 4, 5, best})
+
+
+def test_a_corrupt_checkpoint_is_left_out_when_resuming(tmp_path: Path) -> None:
+    trainer, _ = make_trainer(Topology.local(), folder=tmp_path, checkpoint_every=1)
+    trainer.fit()
+    file = next((tmp_path / "step-00000003").glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    resumed, _ = make_trainer(Topology.local(), folder=tmp_path, seed=99)
+    assert resumed.resume() == 2
+    resumed.fit()
+    expected = end(trainer)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in end(resumed).items())

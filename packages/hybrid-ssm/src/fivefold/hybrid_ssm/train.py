@@ -205,7 +205,7 @@ def make_trainer(config: RunConfig, topology: Topology, folder: Path | None) -> 
         _runner(config, model),
         training_batches(training, dataset, topology, split),
         heldout_batches(training, dataset, topology, split),
-        checkpoints=Checkpoints(folder / CHECKPOINTS, training.keep_checkpoints)
+        checkpoints=Checkpoints(folder / CHECKPOINTS, training.retention)
         if folder
         else None,
         identity={

@@ -244,7 +244,7 @@ def make_trainer(config: RunConfig, topology: Topology, folder: Path | None) -> 
         runner,
         batches,
         heldout,
-        checkpoints=Checkpoints(folder / CHECKPOINTS, training.keep_checkpoints)
+        checkpoints=Checkpoints(folder / CHECKPOINTS, training.retention)
         if folder
         else None,
         identity={

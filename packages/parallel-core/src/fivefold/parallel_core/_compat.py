@@ -1,7 +1,10 @@
-"""Collectives whose names changed between the torch releases that we support, under one name."""
+"""What torch calls differently from release to release, or does not do by itself."""
 
+from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
@@ -45,3 +48,28 @@ def reduce_scatter_single(
     """
     work: Work | None = _reduce_scatter(output, input, group=group, async_op=async_op)
     return work
+
+
+def world_timeout() -> timedelta:
+    """After how long collectives over all ranks give up, as the job was started with."""
+    world = dist.group.WORLD
+    if world is None:
+        raise RuntimeError("this process is in no process group")
+    device = torch.device("cuda" if dist.get_backend(world) == "nccl" else "cpu")
+    found: timedelta = world._get_backend(device).options._timeout
+    return found
+
+
+def new_group(ranks: Sequence[int], backend: str | None = None) -> ProcessGroup:
+    """A group of some ranks, made by these alone, that gives up when the world's would.
+
+    torch's own waits for half an hour, whatever the job was started with.
+
+    Args:
+        ranks: the members, this rank among them; every one of them calls this.
+        backend: None is the world's.
+    """
+    group: ProcessGroup = dist.new_group(
+        list(ranks), timeout=world_timeout(), backend=backend, use_local_synchronization=True
+    )
+    return group

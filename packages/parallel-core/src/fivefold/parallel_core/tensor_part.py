@@ -97,12 +97,21 @@ class PartLoadPlanner(DefaultLoadPlanner):
 
 
 class PartWriter(FileSystemWriter):
-    """Tells what the system said where torch's zip writer says "unexpected pos 704 vs 598"."""
+    """Tells what the system said where torch's zip writer says "unexpected pos 704 vs 598".
+
+    Attributes:
+        written: names of the files that this rank has written.
+    """
+
+    written: tuple[str, ...] = ()
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write, and raise the system's error where there is one."""
         try:
-            return super().write_data(plan, planner)
+            results = super().write_data(plan, planner)
+            names = {result.storage_data.relative_path for result in results.wait()}
+            self.written = tuple(sorted(names))
+            return results
         except Exception as error:
             # Here, as the chain of causes does not survive the way to the other ranks.
             raise _system_error(error) or error from None

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, TypeVarTuple
 import torch
 import torch.distributed as dist
 
+from fivefold.parallel_core.background import wait_for_all
 from fivefold.parallel_core.errors import ConfigError, ParallelError
 from fivefold.parallel_core.launcher.rank import TORCHRUN, Job, identity, use_loopback
 
@@ -156,7 +157,8 @@ def connect(*, device_type: str | None = None, timeout: float = 1800.0) -> tuple
 
 
 def disconnect() -> None:
-    """Leave the process group, if this process is in one."""
+    """Leave the process group, if this process is in one, when what uses it has ended."""
+    wait_for_all()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fivefold.parallel_core.background import wait_for_all
 from fivefold.parallel_core.errors import EXPECTED, FollowUpError
 
 HEADER = struct.Struct("=cQ")
@@ -135,7 +136,9 @@ def run_rank(
     try:
         if job.init:
             _join(rank, job, origin.folder / "rendezvous")
-        kind, body = RESULT, _pickled(fn(*args))
+        result = fn(*args)
+        wait_for_all()
+        kind, body = RESULT, _pickled(result)
     except BaseException as error:
         kind, body = FAILURE, pickle.dumps(Failure.of(error))
     _send(pipe, kind, body)

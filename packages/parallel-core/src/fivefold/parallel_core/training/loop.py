@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from fivefold.parallel_core.build import ParallelModel
-from fivefold.parallel_core.checkpoint import Checkpoints, TensorPart
+from fivefold.parallel_core.checkpoint import Checkpoints, Retention, TensorPart
 from fivefold.parallel_core.collectives import sum_over
 from fivefold.parallel_core.config import Config
 from fivefold.parallel_core.data_parallel import Precision
 from fivefold.parallel_core.data_parallel_config import DataParallelConfig
-from fivefold.parallel_core.errors import ConfigError, ParallelError
+from fivefold.parallel_core.errors import CheckpointError, ConfigError, ParallelError
 from fivefold.parallel_core.gradients import clip, global_norm, sum_partial
 from fivefold.parallel_core.pipeline import Runner
 from fivefold.parallel_core.pipeline_config import PipelineConfig
+from fivefold.parallel_core.rng import seed_ranks
 from fivefold.parallel_core.training.optimizer import (
     TORCH_ADAMW,
     AdamWConfig,
@@ -57,6 +58,10 @@ class TrainingConfig(Config):
         evaluation_sequences: held-out sequences of an evaluation; None for all.
         checkpoint_every: steps between checkpoints, besides the one at the end.
         keep_checkpoints: newest checkpoints that are kept.
+        keep_checkpoints_every: checkpoints after a multiple of so many steps are kept as well.
+        keep_best_checkpoints: how many with the lowest held-out loss are kept as well.
+        checkpoint_in_background: let training go on while a checkpoint is written; it holds the
+            values of its step. Takes memory of the host for one copy of what a rank holds.
         optimizer: constants of AdamW.
         schedule: learning rate.
         precision: dtypes.
@@ -77,6 +82,9 @@ class TrainingConfig(Config):
     evaluation_sequences: int | None = None
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
+    keep_checkpoints_every: int | None = None
+    keep_best_checkpoints: int = 0
+    checkpoint_in_background: bool = False
     optimizer: AdamWConfig = field(default_factory=AdamWConfig)
     schedule: WarmupCosine
     precision: Precision = field(default_factory=Precision)
@@ -90,17 +98,28 @@ class TrainingConfig(Config):
         for name in (
             "checkpoint_every",
             "keep_checkpoints",
+            "keep_checkpoints_every",
             "evaluate_every",
             "evaluation_sequences",
         ):
             if getattr(self, name) is not None:
                 _at_least_one(name, getattr(self, name))
-        if self.skip_nonfinite < 0:
-            raise ConfigError(f"skip_nonfinite={self.skip_nonfinite}; it must be at least 0")
+        for name in ("skip_nonfinite", "keep_best_checkpoints"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)}; it must be at least 0")
         if self.gradient_clip is not None and not self.gradient_clip > 0:
             raise ConfigError(
                 f"gradient_clip={self.gradient_clip}; a positive norm, or leave it out for none"
             )
+
+    @property
+    def retention(self) -> Retention:
+        """Which checkpoints are kept."""
+        return Retention(
+            last=self.keep_checkpoints,
+            every=self.keep_checkpoints_every,
+            best=self.keep_best_checkpoints,
+        )
 
     def num_microbatches(self, dp: int, pp: int) -> int:
         """Microbatches of a step on one rank.
@@ -189,10 +208,12 @@ class Trainer:
         self.config, self.model, self.runner = config, model, runner
         self.batches, self.heldout, self.checkpoints = batches, heldout, checkpoints
         self.topology = model.topology
+        seed_ranks(self.topology, config.seed)
         self.pieces = model.pieces()
         self.optimizer = ShardedAdamW(self.pieces, config.optimizer, make_optimizer)
         self.step = self.skipped = self._skipped_in_a_row = 0
         self.heldout_loss: float | None = None
+        self._evaluated = -1
         # What decides which samples a step sees; a resumed run must agree on it.
         self.identity = {
             "global_batch_size": config.global_batch_size,
@@ -217,7 +238,7 @@ class Trainer:
             ConfigError: it is of a run with another model, data or batches, or of more steps.
             CheckpointError: it does not fit the model, or none of those there is whole.
         """
-        newest = self.checkpoints.latest() if self.checkpoints else None
+        newest = self.checkpoints.latest(contents=True) if self.checkpoints else None
         if newest is not None:
             progress = load_state(newest, self.parts(), self.identity, self.topology)
             self.step, self.skipped = progress.step, progress.skipped
@@ -230,11 +251,24 @@ class Trainer:
             )
         return self.step
 
-    def save(self) -> None:
-        """Write a checkpoint of the finished steps."""
+    def save(self, *, in_background: bool = False) -> None:
+        """Write a checkpoint of the finished steps; in the background from a copy of them.
+
+        Raises:
+            CheckpointError: it cannot be written, or the one before in the background could not.
+        """
         if self.checkpoints is not None:
-            progress = Progress(self.step, self.skipped)
-            save_state(self.checkpoints, progress, self.parts(), self.identity, self.topology)
+            save_state(
+                self.checkpoints,
+                Progress(self.step, self.skipped, self._loss_of_this_step()),
+                self.parts(),
+                self.identity,
+                self.topology,
+                in_background=in_background,
+            )
+
+    def _loss_of_this_step(self) -> float | None:
+        return self.heldout_loss if self._evaluated == self.step else None
 
     def parts(self) -> dict[str, TensorPart]:
         """All that training changes, by name: parameters and optimizer moments."""
@@ -245,20 +279,41 @@ class Trainer:
         return parameters | self.optimizer.parts()
 
     def fit(self) -> Outcome:
-        """Train until the last step, or until SIGTERM or Ctrl-C asks to stop; saves either way."""
-        with self._stop_on_signals():
+        """Train until the last step, or until SIGTERM or Ctrl-C asks to stop; saves either way.
+
+        Raises:
+            CheckpointError: a checkpoint cannot be written, in the background or not.
+        """
+        with self._stop_on_signals(), self._saved_in_the_end():
             while self.step < self.config.steps:
                 stop = self.train_step()
                 last = self.step == self.config.steps
                 if self._due(self.config.evaluate_every, last):
                     self.evaluate()
                 if stop or last or self.step % self.config.checkpoint_every == 0:
-                    self.save()
+                    self.save(in_background=self.config.checkpoint_in_background)
                 if stop:
                     break
         if self.step == self.config.steps and self.heldout_loss is None:
             self.evaluate()
         return Outcome(self.step, self.step == self.config.steps, self.heldout_loss)
+
+    @contextmanager
+    def _saved_in_the_end(self) -> Iterator[None]:
+        """Wait, however the block ends, for the checkpoint that is being written."""
+        try:
+            yield
+        except BaseException as error:
+            try:
+                self._wait_for_checkpoint()
+            except CheckpointError as unsaved:
+                error.add_note(str(unsaved))
+            raise
+        self._wait_for_checkpoint()
+
+    def _wait_for_checkpoint(self) -> None:
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
 
     def _due(self, every: int | None, last: bool) -> bool:
         return last or (every is not None and self.step % every == 0)
@@ -275,6 +330,8 @@ class Trainer:
         norm, learning_rate = self._update()
         sums = self._sum_totals(loss)
         stop = bool(sums.pop("stop") > 0)
+        if sums.pop("unsaved") > 0:
+            self._wait_for_checkpoint()  # raises, on all ranks in the same step
         seconds = time.perf_counter() - start
         self._tell(
             {
@@ -320,14 +377,18 @@ class Trainer:
         self._skipped_in_a_row += 1
 
     def _sum_totals(self, loss: Tensor) -> dict[str, Tensor]:
-        """Over all ranks: the loss, the model's side outputs, and who was asked to stop."""
+        """Over all ranks: the loss, the model's side outputs, and who must stop and why."""
         return self._totals.sum(
             {
                 "loss": self._once_per_tp(loss),
                 "stop": torch.tensor(float(self._stop), device=loss.device),
+                "unsaved": torch.tensor(float(self._could_not_save()), device=loss.device),
                 **self.model.drain_side_outputs(),
             }
         )
+
+    def _could_not_save(self) -> bool:
+        return self.checkpoints is not None and self.checkpoints.has_failed
 
     def evaluate(self) -> float | None:
         """Mean loss in nats a token over the held-out batches; None where there are none."""
@@ -343,6 +404,7 @@ class Trainer:
         totals = self._heldout_totals.sum(sums)
         if totals["tokens"] > 0:
             self.heldout_loss = float(totals["loss"] / totals["tokens"])
+            self._evaluated = self.step
             self._tell({"heldout_loss": self.heldout_loss})
         return self.heldout_loss
 

@@ -11,6 +11,7 @@ import torch
 from fivefold.parallel_core.box import Box
 from fivefold.parallel_core.checkpoint import Checkpoints, TensorPart, load_parts, read_state
 from fivefold.parallel_core.errors import ConfigError
+from fivefold.parallel_core.rng import seed_ranks
 from fivefold.parallel_core.topology import Topology
 
 
@@ -21,10 +22,12 @@ class Progress:
     Attributes:
         step: finished steps, which is also the place in the data.
         skipped: those of them whose gradient was not finite, so that nothing was updated.
+        heldout_loss: after the last of them, where it was evaluated then.
     """
 
     step: int = 0
     skipped: int = 0
+    heldout_loss: float | None = None
 
 
 def save_state(
@@ -33,15 +36,32 @@ def save_state(
     parts: Mapping[str, TensorPart],
     identity: Mapping[str, Any],
     topology: Topology,
+    *,
+    in_background: bool = False,
 ) -> Path:
-    """Save a run; all ranks together. The random state of each rank is saved with it."""
+    """Save a run; all ranks together. The random state of each rank is saved with it.
+
+    Args:
+        checkpoints: of the run.
+        progress: how far it is.
+        parts: all that training changes.
+        identity: what a resumed run must share.
+        topology: the ranks.
+        in_background: return when the values are copied.
+
+    Returns:
+        Where the checkpoint is or will be.
+    """
     state = {
         "identity": dict(identity),
         "layout": topology.layout.to_dict(),
         "skipped": progress.skipped,
+        "heldout_loss": progress.heldout_loss,
         "torch": torch.__version__,
     }
-    return checkpoints.save(progress.step, {**parts, **_random_state(topology)}, state)
+    save = checkpoints.start if in_background else checkpoints.save
+    save(progress.step, {**parts, **_random_state(topology)}, state)
+    return checkpoints.path(progress.step)
 
 
 def load_state(
@@ -53,7 +73,7 @@ def load_state(
     """Fill ``parts`` from a checkpoint of the same run, of any layout; all ranks together.
 
     Random state is a rank's own and is restored where the layout is the one that was saved; under
-    another layout each rank starts a stream of its own from (step, rank).
+    another layout the ranks are seeded anew, from the step.
 
     Returns:
         How far the run was.
@@ -70,9 +90,9 @@ def load_state(
     for part in random.values():
         torch.set_rng_state(part.tensor)
     if not same:
-        torch.manual_seed(hash((state["step"], topology.world_rank)) % (1 << 62))
+        seed_ranks(topology, state["step"])
     # Checkpoints of releases that stopped instead of skipping have no such number.
-    return Progress(state["step"], state.get("skipped", 0))
+    return Progress(state["step"], state.get("skipped", 0), state.get("heldout_loss"))
 
 
 def _check_identity(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
