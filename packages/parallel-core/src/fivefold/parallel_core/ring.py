@@ -7,6 +7,7 @@ Legend: B sequences, P tokens here, H heads, D width of a head.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from fivefold.parallel_core.collectives import start_shift
 from fivefold.parallel_core.context import ContextCore
 from fivefold.parallel_core.documents import Documents, attend_blocks
+from fivefold.parallel_core.rng import OwnStream, Replay
 from fivefold.parallel_core.topology import Axis
 
 
@@ -88,6 +90,7 @@ class _Ring(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: RingContext, documents: Documents | None
     ) -> Tensor:
+        ctx.replay = Replay(q) if isinstance(ring.core, OwnStream) else None
         wide = torch.promote_types(q.dtype, torch.float32)
         out = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=wide)
         lse = q.new_full(q.shape[:-1], -torch.inf, dtype=wide)
@@ -104,25 +107,31 @@ class _Ring(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        ring, (dout,) = ctx.ring, grads
-        widths = (k.shape[-1], v.shape[-1])
-        dq = torch.zeros_like(q, dtype=lse.dtype)
-        delta = (dout.to(lse.dtype) * out).sum(-1)
-        arrive: Callable[[], Tensor] | None = None
-        for source, kv in _travelling(torch.cat((k, v), dim=-1), ring.axis):
-            # Its gradient travels behind it, one more hop than it, home to its own rank.
-            dkv = torch.zeros_like(kv, dtype=lse.dtype) if arrive is None else arrive()
-            for pair in ring.pairs(q.shape[1], source, ctx.documents):
-                mine, theirs = pair.queries, pair.keys
-                inputs = (q[:, mine], *(x[:, theirs] for x in kv.split(widths, dim=-1)))
-                upstream = (dout[:, mine], lse[:, mine], delta[:, mine])
-                *gradients, dvalue = _part_backward(pair.attend, inputs, upstream)
-                dq[:, mine] += gradients[0]
-                dkv[:, theirs] += torch.cat((gradients[1], dvalue), dim=-1)
-            arrive = start_shift(dkv, ring.axis)
-        dk, dv = arrive().to(k.dtype).split(widths, dim=-1) if arrive is not None else (None, None)
-        return dq.to(q.dtype), dk, dv, None, None
+        # The parts are made in the order of forward, so a random core draws as it did there.
+        with nullcontext() if ctx.replay is None else ctx.replay.again():
+            return _ring_backward(ctx, *grads)
+
+
+def _ring_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse = ctx.saved_tensors
+    ring, (dout,) = ctx.ring, grads
+    widths = (k.shape[-1], v.shape[-1])
+    dq = torch.zeros_like(q, dtype=lse.dtype)
+    delta = (dout.to(lse.dtype) * out).sum(-1)
+    arrive: Callable[[], Tensor] | None = None
+    for source, kv in _travelling(torch.cat((k, v), dim=-1), ring.axis):
+        # Its gradient travels behind it, one more hop than it, home to its own rank.
+        dkv = torch.zeros_like(kv, dtype=lse.dtype) if arrive is None else arrive()
+        for pair in ring.pairs(q.shape[1], source, ctx.documents):
+            mine, theirs = pair.queries, pair.keys
+            inputs = (q[:, mine], *(x[:, theirs] for x in kv.split(widths, dim=-1)))
+            upstream = (dout[:, mine], lse[:, mine], delta[:, mine])
+            *gradients, dvalue = _part_backward(pair.attend, inputs, upstream)
+            dq[:, mine] += gradients[0]
+            dkv[:, theirs] += torch.cat((gradients[1], dvalue), dim=-1)
+        arrive = start_shift(dkv, ring.axis)
+    dk, dv = arrive().to(k.dtype).split(widths, dim=-1) if arrive is not None else (None, None)
+    return dq.to(q.dtype), dk, dv, None, None
 
 
 def _travelling(x: Tensor, axis: Axis) -> Iterator[tuple[int, Tensor]]:

@@ -24,6 +24,7 @@ from fivefold.parallel_core.linear_group import LinearGroup
 from fivefold.parallel_core.losses import CrossEntropy
 from fivefold.parallel_core.parameters import ParameterTable, Placement
 from fivefold.parallel_core.ring import RingContext
+from fivefold.parallel_core.rng import in_own_stream
 from fivefold.parallel_core.sequence_split import Split
 from fivefold.parallel_core.tensor_parallel import (
     ColumnParallelLinears,
@@ -279,11 +280,14 @@ class SplitContext(Style):
             core needs ``partial``) or "heads" (tokens are exchanged for heads); of another mixer,
             or for another way, a ``SplitMixer`` class.
         split: how the sequence is split; ``ContextPositions`` and the data need the same.
+        random: the axis that splits the heads, where the core draws random numbers (dropout of
+            probabilities): then it does as under ``SplitRandom``.
     """
 
     form: str | type[SplitMixer] = "gather"
     split: Split = "contiguous"
     axis: str = "cp"
+    random: str | None = None
 
     def apply(self, module: nn.Module, name: str, table: ParameterTable) -> nn.Module:
         """Wrap the core of a mixer."""
@@ -304,6 +308,8 @@ class SplitContext(Style):
                 f"SplitContext at {name!r} wraps {type(module).__name__}, which would rename its "
                 f"parameter(s) {', '.join(held)}; they belong to a module beside it"
             )
+        if self.random is not None:
+            in_own_stream(module, table.topology.axis(self.random))
         axis = table.topology.axis(self.axis)
         return kind(module, axis, self.split) if axis.size > 1 else module
 
@@ -319,6 +325,21 @@ class ContextPositions(Style):
         """Wrap the positions seam."""
         axis = table.topology.axis(self.axis)
         return SplitPositions(module, axis, self.split) if axis.size > 1 else module
+
+
+@dataclass(frozen=True)
+class SplitRandom(Style):
+    """A module without parameters whose random numbers differ over ``axis``, such as dropout.
+
+    Where activations are split over "tp": heads, features, or tokens under sequence parallelism.
+    Where they are replicated, ranks must draw alike and the plan needs no entry; see ``rng``.
+    """
+
+    axis: str = "tp"
+
+    def apply(self, module: nn.Module, name: str, table: ParameterTable) -> nn.Module:
+        """Change what the module draws, in place."""
+        return in_own_stream(module, table.topology.axis(self.axis))
 
 
 class _SumOver(nn.Module):
