@@ -1,12 +1,13 @@
 """The process groups of a layout at run time, passed around and never global."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from fivefold.parallel_core._compat import new_group
 from fivefold.parallel_core.errors import LayoutError
 from fivefold.parallel_core.layout import Layout
 
@@ -67,6 +68,7 @@ class Topology:
         self.device = torch.device(device)
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._meshes: dict[tuple[int, ...], DeviceMesh] = {}
+        self._apart: dict[str, Axis] = {}
         self._axes = {name: self._make_axis(name) for name in AXES}
         if found > 1:
             self._group((self.world_rank,))  # `mesh` may want it later, and then it is too late
@@ -98,7 +100,7 @@ class Topology:
             return world
         if ranks not in self._groups:
             # Only members take part, so the cost on a rank is its own few groups, not the world's.
-            self._groups[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+            self._groups[ranks] = new_group(ranks)
         return self._groups[ranks]
 
     def axis(self, name: str) -> Axis:
@@ -147,6 +149,19 @@ class Topology:
     def size(self, name: str) -> int:
         """Number of ranks along an axis."""
         return self.axis(name).size
+
+    def apart(self, name: str) -> Axis:
+        """An axis with a group of its own, whose messages keep no order with those of others.
+
+        All ranks must ask for them first in the same order, as for factors in ``axis``.
+        """
+        axis = self.axis(name)
+        if axis.group is None:
+            return axis
+        if name not in self._apart:
+            group = new_group(axis.ranks)
+            self._apart[name] = replace(axis, group=group)
+        return self._apart[name]
 
     def mesh(self, name: str) -> DeviceMesh:
         """A one-dimensional device mesh over an axis, on the same group; what FSDP2 asks for.

@@ -167,7 +167,10 @@ class Supervisor:
         returned = [r.number for r in self._ranks if r.is_over and r.failure is None]
         if failure.is_consequence and returned:
             lines.append(f"(ranks {returned} had returned before; did they skip a collective?)")
-        return "\n".join([*lines, failure.details]).strip()
+        running = [r for r in self._ranks if not r.is_over] if failure.is_consequence else []
+        if running:
+            lines.append(f"(ranks {[r.number for r in running]} had not ended; they stand below)")
+        return "\n".join([*lines, failure.details, *_stacks(running)]).strip()
 
 
 def _selector(ranks: Sequence[ForkedRank]) -> selectors.BaseSelector:
@@ -179,6 +182,14 @@ def _selector(ranks: Sequence[ForkedRank]) -> selectors.BaseSelector:
 
 def _too_long(ranks: Sequence[ForkedRank], what: str) -> RankError:
     """The error for ranks that do not end, with the stacks of their threads."""
+    names = ", ".join(rank.name for rank in ranks)
+    return RankError("\n".join([f"{names} {what}", *_stacks(ranks)]))
+
+
+def _stacks(ranks: Sequence[ForkedRank]) -> list[str]:
+    """Where the threads of ranks stand; a rank that is stopped does not say."""
+    if not ranks:
+        return []
     for rank in ranks:
         rank.send(STACK_SIGNAL)
     texts: list[str] = []
@@ -188,9 +199,7 @@ def _too_long(ranks: Sequence[ForkedRank], what: str) -> RankError:
         if all(texts) and texts == earlier:
             break
         time.sleep(0.05)
-    names = ", ".join(rank.name for rank in ranks)
-    parts = [
+    return [
         f"--- {rank.name}\n{text or '(it did not answer)'}"
         for rank, text in zip(ranks, texts, strict=True)
     ]
-    return RankError("\n".join([f"{names} {what}", *parts]))
