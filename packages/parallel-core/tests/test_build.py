@@ -1,14 +1,18 @@
 """From a constructor to what one rank holds, on one rank; many ranks are in test_plan."""
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 
 from fivefold.parallel_core.build import build, make_runner
 from fivefold.parallel_core.errors import ConfigError
-from fivefold.parallel_core.pipeline import LocalRunner, PipelineConfig
-from fivefold.parallel_core.styles import Replicate
+from fivefold.parallel_core.pipeline import LocalRunner, PipelineConfig, Runner
+from fivefold.parallel_core.sequence_split import ContextConfig
+from fivefold.parallel_core.styles import ContextPositions, Replicate, Style
 from fivefold.parallel_core.topology import Topology
 
+from .imagined import imagined
 from .rig import DOUBLE
 from .toy import HEAD, TAIL, Toy, ToyConfig, plan, rule
 
@@ -109,3 +113,46 @@ def test_one_stage_is_run_here() -> None:
     )
     assert isinstance(runner, LocalRunner)
     assert runner.num_microbatches == 3
+
+
+def runner_of(
+    length: int, context: ContextConfig, changes: Mapping[str, Style], sequence: bool = True
+) -> Runner:
+    """On the first of 4 ranks, tp 2 and cp 2."""
+    styles = {**plan(CONFIG, sequence=sequence, context=context), **changes}
+    ranks = imagined(4, tp=2, cp=2)
+    model = build(lambda: Toy(CONFIG), ranks[0], styles, head=HEAD, tail=TAIL)
+    return make_runner(
+        model,
+        PipelineConfig(),
+        num_microbatches=1,
+        microbatch_size=1,
+        sequence_length=length,
+        hidden_size=CONFIG.hidden_size,
+        vocab_size=CONFIG.vocab_size,
+        dtype=torch.float32,
+    )
+
+
+@pytest.mark.parametrize("form", ["gather", "ring", "heads"])
+@pytest.mark.parametrize(("split", "multiple"), [("contiguous", 4), ("zigzag", 4)])
+def test_a_sequence_that_does_not_divide_is_refused_at_construction(
+    form: str, split: str, multiple: int
+) -> None:
+    context = ContextConfig(attention=form, split=split)  # type: ignore[arg-type]
+    message = rf"sequence_length=10 .* {split} over cp=2 and, .* tp=2: .* multiple of {multiple}"
+    with pytest.raises(ConfigError, match=message):
+        runner_of(10, context, {})
+    assert isinstance(runner_of(12, context, {}), LocalRunner)
+
+
+def test_without_sequence_parallelism_tensor_ranks_take_any_length() -> None:
+    assert isinstance(runner_of(10, ContextConfig(), {}, sequence=False), LocalRunner)
+    with pytest.raises(ConfigError, match=r"sequence_length=9 .* multiple of 2, such as 8 or 10"):
+        runner_of(9, ContextConfig(), {}, sequence=False)
+
+
+def test_two_ways_to_split_a_sequence_are_refused() -> None:
+    changes = {"positions": ContextPositions("zigzag")}
+    with pytest.raises(ConfigError, match=r"zigzag at 'positions' and contiguous at 'layers\.0"):
+        runner_of(16, ContextConfig(), changes)

@@ -30,6 +30,7 @@ FREEING = DataParallelConfig(form="zero3")
 CASES = [
     Case(degrees={}),
     Case(degrees={"tp": 2}, sequence=False),
+    Case(degrees={"tp": 2, "pp": 2}, sequence=False, microbatch_size=2),
     Case(degrees={"tp": 2}, config=resized(DENSE, tied=True), microbatch_size=2),
     Case(degrees={"tp": 4}, config=resized(DENSE, label_smoothing=0.1), microbatch_size=2),
     Case(degrees={"tp": 4}, config=resized(DENSE, num_key_heads=2)),

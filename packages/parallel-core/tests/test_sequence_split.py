@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from fivefold.parallel_core.errors import ConfigError
-from fivefold.parallel_core.sequence_split import SPLITS, held, num_pieces
+from fivefold.parallel_core.sequence_split import SPLITS, check_sequence, held, num_pieces
 
 
 @pytest.mark.parametrize(("split", "size"), [*product(SPLITS, (1, 2, 3, 4, 8))])
@@ -32,3 +32,27 @@ def test_zigzag_sums_to_the_same_work() -> None:
 def test_what_does_not_divide_is_said(length: int, size: int, split: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         held(length, size, 0, split)
+
+
+@pytest.mark.parametrize(
+    ("length", "sizes", "multiple", "near"),
+    [
+        (10, {"cp": 4}, 4, "8 or 12"),
+        (12, {"cp": 4, "split": "zigzag"}, 8, "8 or 16"),
+        (8, {"cp": 2, "tp": 3}, 6, "6 or 12"),
+        (12, {"cp": 2, "tp": 3, "split": "zigzag"}, 12, None),
+        (6, {"cp": 2, "tp": 3, "split": "zigzag"}, 12, "12$"),
+        (3, {"cp": 1, "tp": 2}, 2, "2 or 4"),
+        (3, {"cp": 1, "split": "zigzag"}, 1, None),
+        (0, {"cp": 2}, 2, "2$"),
+    ],
+)
+def test_a_sequence_must_divide_over_all_that_split_it(
+    length: int, sizes: dict, multiple: int, near: str | None
+) -> None:
+    if near is None:
+        check_sequence(length, **sizes)
+    else:
+        message = rf"sequence_length={length} cannot .* multiple of {multiple}, such as {near}"
+        with pytest.raises(ConfigError, match=message):
+            check_sequence(length, **sizes)

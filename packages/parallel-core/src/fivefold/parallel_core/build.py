@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fivefold.parallel_core.context import SplitMixer, SplitPositions
 from fivefold.parallel_core.data_parallel import Precision
 from fivefold.parallel_core.data_parallel_config import DataParallelConfig
+from fivefold.parallel_core.errors import ConfigError
 from fivefold.parallel_core.losses import SideOutputs
 from fivefold.parallel_core.parameters import ParameterTable, Piece, initialise
 from fivefold.parallel_core.pipeline import (
@@ -19,7 +21,13 @@ from fivefold.parallel_core.pipeline import (
 from fivefold.parallel_core.pipeline_config import PipelineConfig
 from fivefold.parallel_core.plan import check_plan, parallelize, tie
 from fivefold.parallel_core.regions import check_regions
+from fivefold.parallel_core.sequence_split import Split, check_sequence
 from fivefold.parallel_core.styles import Plan
+from fivefold.parallel_core.tensor_parallel import (
+    ColumnParallelLinears,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 from fivefold.parallel_core.tied import Twin, check_ends, tied_names
 from fivefold.parallel_core.topology import Topology
 
@@ -152,8 +160,13 @@ def make_runner(
         hidden_size: width between layers.
         vocab_size: without padding.
         dtype: of activations.
+
+    Raises:
+        ConfigError: the sequence does not divide over the ranks, or the plan splits it in two ways.
     """
     layout = model.topology.layout
+    tp = layout.tp if _has_sequence_parallelism(model.parts) else 1
+    check_sequence(sequence_length, cp=layout.cp, tp=tp, split=_split_of(model.parts))
     if layout.pp == 1:
         return LocalRunner(model.parts[0], num_microbatches)
     length = sequence_length // layout.cp
@@ -163,8 +176,32 @@ def make_runner(
         pipeline,
         num_microbatches,
         ids=(microbatch_size, length),
-        hidden=(microbatch_size, length // layout.tp, hidden_size),
+        hidden=(microbatch_size, length // tp, hidden_size),
         logits=(microbatch_size, length, -(-vocab_size // layout.tp)),
         dtype=dtype,
         twins=model.twins,
     )
+
+
+def _split_of(parts: Sequence[nn.Module]) -> Split:
+    """How the modules that know of context parallelism split a sequence.
+
+    Raises:
+        ConfigError: in two ways.
+    """
+    found: dict[Split, str] = {}
+    for part in parts:
+        for name, module in part.named_modules():
+            if isinstance(module, (SplitMixer, SplitPositions)):
+                found.setdefault(module.split, name)
+    if len(found) > 1:
+        ways = " and ".join(f"{split} at {name!r}" for split, name in found.items())
+        raise ConfigError(f"the plan splits sequences {ways}; it needs one way for all")
+    return next(iter(found), "contiguous")
+
+
+def _has_sequence_parallelism(parts: Sequence[nn.Module]) -> bool:
+    """Whether the sequence is split over "tp" as well between the layers."""
+    kinds = (ColumnParallelLinears, RowParallelLinear, VocabParallelEmbedding)
+    modules = (module for part in parts for module in part.modules())
+    return any(module.sequence for module in modules if isinstance(module, kinds))

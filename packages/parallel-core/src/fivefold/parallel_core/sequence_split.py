@@ -7,6 +7,7 @@
 """
 
 from dataclasses import dataclass
+from math import lcm
 from typing import Literal, get_args
 
 from fivefold.parallel_core.config import Config
@@ -73,4 +74,29 @@ def check_split(length: int, size: int, split: str) -> None:
         raise ConfigError(
             f"a sequence of {length} tokens cannot be split {split} over cp={size}: it needs a "
             f"multiple of {pieces}"
+        )
+
+
+def check_sequence(length: int, *, cp: int, tp: int = 1, split: str = "contiguous") -> None:
+    """Check that every rank gets a whole number of a sequence's tokens.
+
+    Args:
+        length: tokens of a whole sequence.
+        cp: ranks that split it for attention.
+        tp: ranks that split it again between the layers; 1 without sequence parallelism.
+        split: over "cp".
+
+    Raises:
+        ConfigError: it does not divide; with the nearest lengths that do.
+    """
+    check_split(0, cp, split)
+    pieces = cp if split == "contiguous" or cp == 1 else 2 * cp
+    multiple = lcm(pieces, cp * tp)
+    if length < 1 or length % multiple:
+        below = length // multiple * multiple
+        near = " or ".join(str(n) for n in (below, below + multiple) if n > 0)
+        raise ConfigError(
+            f"sequence_length={length} cannot be split {split} over cp={cp}"
+            f"{f' and, between the layers, over tp={tp}' if tp > 1 else ''}: it needs a multiple "
+            f"of {multiple}, such as {near}"
         )
