@@ -5,27 +5,19 @@ rank: same attribute, same parameter names, local parameters, collectives inside
 parameter it touches in the table.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from torch import Tensor, nn
 
-from fivefold.parallel_core.collectives import piece_size, sum_over
-from fivefold.parallel_core.context import (
-    GatheredContext,
-    HeadsContext,
-    SplitMixer,
-    SplitPositions,
-)
+from fivefold.parallel_core.collectives import sum_over
+from fivefold.parallel_core.context_styles import ContextPositions, SplitContext
 from fivefold.parallel_core.errors import ConfigError
 from fivefold.parallel_core.linear_group import LinearGroup
 from fivefold.parallel_core.losses import CrossEntropy
 from fivefold.parallel_core.parameters import ParameterTable, Placement
-from fivefold.parallel_core.ring import RingContext
 from fivefold.parallel_core.rng import in_own_stream
-from fivefold.parallel_core.sequence_split import Split
+from fivefold.parallel_core.style import Plan, Style, shard_parameter
 from fivefold.parallel_core.tensor_parallel import (
     ColumnParallelLinears,
     RowParallelLinear,
@@ -34,58 +26,22 @@ from fivefold.parallel_core.tensor_parallel import (
 )
 from fivefold.parallel_core.topology import Axis
 
-M = TypeVar("M", bound=nn.Module)
-
-
-class Style(ABC):
-    """One way to lay a module over the ranks."""
-
-    @abstractmethod
-    def apply(self, module: nn.Module, name: str, table: ParameterTable) -> nn.Module:
-        """The module to stand at ``name``; its parameters are entered in ``table``.
-
-        Raises:
-            ConfigError: the module is not of a kind this style knows, or does not divide.
-        """
-
-    def _expect(self, module: nn.Module, name: str, *kinds: type[M]) -> M:
-        if not isinstance(module, kinds):
-            known = " or ".join(kind.__name__ for kind in kinds)
-            raise ConfigError(
-                f"{type(self).__name__} at {name!r} needs a {known}, found {type(module).__name__}"
-            )
-        return module
-
-
-Plan = Mapping[str, Style]
-"""Module name pattern (``*`` stands for one part of a dotted name) to style."""
-
-
-def shard_parameter(
-    module: nn.Module, prefix: str, name: str, table: ParameterTable, placement: Placement
-) -> None:
-    """Cut parameter ``name`` of ``module`` down to this rank's piece and enter it in the table.
-
-    Raises:
-        ConfigError: a sharded dim is not a multiple of its axis.
-    """
-    parameter = module.get_parameter(name)
-    local = parameter.detach()
-    for dim, axis_name in placement.sharded:
-        axis = table.topology.axis(axis_name)
-        if local.shape[dim] % axis.size:
-            raise ConfigError(
-                f"{prefix}.{name} of shape {tuple(parameter.shape)}: dim {dim} of "
-                f"{local.shape[dim]} cannot be split over {axis.name} of {axis.size} ranks; choose "
-                f"a divisor of {local.shape[dim]}"
-            )
-        size = piece_size(local.shape[dim], axis)
-        local = local.narrow(dim, axis.rank * size, size)
-    if placement.sharded:
-        # A copy, so that the whole parameter is freed.
-        local = local.clone()
-    setattr(module, name, nn.Parameter(local, requires_grad=parameter.requires_grad))
-    table.add(f"{prefix}.{name}", placement)
+__all__ = [
+    "ColumnParallel",
+    "ContextPositions",
+    "Plan",
+    "Replicate",
+    "RowParallel",
+    "SplitContext",
+    "SplitRandom",
+    "Style",
+    "SumOver",
+    "VocabParallel",
+    "VocabParallelLoss",
+    "head_copies",
+    "pad_rows",
+    "shard_parameter",
+]
 
 
 def _placement(
@@ -262,69 +218,6 @@ class VocabParallelLoss(Style):
         """Swap the loss."""
         loss = self._expect(module, name, CrossEntropy)
         return VocabParallelCrossEntropy.of(loss, table.topology.axis(self.axis), self.vocab_size)
-
-
-CONTEXT_FORMS: Mapping[str, type[SplitMixer]] = {
-    "gather": GatheredContext,
-    "ring": RingContext,
-    "heads": HeadsContext,
-}
-
-
-@dataclass(frozen=True)
-class SplitContext(Style):
-    """Attention, or another mixer, over a sequence that is split over "cp".
-
-    Attributes:
-        form: of attention "gather" (all keys and values are gathered), "ring" (they pass by; the
-            core needs ``partial``) or "heads" (tokens are exchanged for heads); of another mixer,
-            or for another way, a ``SplitMixer`` class.
-        split: how the sequence is split; ``ContextPositions`` and the data need the same.
-        random: the axis that splits the heads, where the core draws random numbers (dropout of
-            probabilities): then it does as under ``SplitRandom``.
-    """
-
-    form: str | type[SplitMixer] = "gather"
-    split: Split = "contiguous"
-    axis: str = "cp"
-    random: str | None = None
-
-    def apply(self, module: nn.Module, name: str, table: ParameterTable) -> nn.Module:
-        """Wrap the core of a mixer."""
-        kind = CONTEXT_FORMS.get(self.form) if isinstance(self.form, str) else self.form
-        if kind is None:
-            raise ConfigError(
-                f"SplitContext at {name!r}: the form is one of {', '.join(CONTEXT_FORMS)}; found "
-                f"{self.form!r}"
-            )
-        if issubclass(kind, RingContext) and not callable(getattr(module, "partial", None)):
-            raise ConfigError(
-                f"SplitContext at {name!r}: a ring needs a core with partial(q, k, v, offset), "
-                f"which {type(module).__name__} has not; use 'gather' or 'heads'"
-            )
-        held = [key for key, _ in module.named_parameters()]
-        if held:
-            raise ConfigError(
-                f"SplitContext at {name!r} wraps {type(module).__name__}, which would rename its "
-                f"parameter(s) {', '.join(held)}; they belong to a module beside it"
-            )
-        if self.random is not None:
-            in_own_stream(module, table.topology.axis(self.random))
-        axis = table.topology.axis(self.axis)
-        return kind(module, axis, self.split) if axis.size > 1 else module
-
-
-@dataclass(frozen=True)
-class ContextPositions(Style):
-    """Positions of a sequence that is split over "cp"."""
-
-    split: Split = "contiguous"
-    axis: str = "cp"
-
-    def apply(self, module: nn.Module, name: str, table: ParameterTable) -> nn.Module:
-        """Wrap the positions seam."""
-        axis = table.topology.axis(self.axis)
-        return SplitPositions(module, axis, self.split) if axis.size > 1 else module
 
 
 @dataclass(frozen=True)
