@@ -153,13 +153,27 @@ def without(axis: str) -> Mutation:
     return replaced(gradients, "_sum_together", sum_others)
 
 
-def twice(x: Tensor, axis: Axis) -> None:
-    """Instead of a sum over copies: as if each gradient were counted twice."""
-    replicas_sum(x, axis)
-    x.mul_(2)
+def twice(x: Tensor, axis: Axis) -> Tensor:
+    """Instead of FSDP's sum over copies: as if each gradient were counted twice."""
+    return START_SUM(x, axis)().mul_(2)
 
 
-replicas_sum = replicas.sum_copies
+def start_twice(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
+    """The same where the sum is begun."""
+    return lambda: twice(x, axis)
+
+
+def start_nothing(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
+    """Instead of a sum that is begun."""
+    return lambda: x
+
+
+def start_own(rows: Tensor, axis: Axis) -> Callable[[], Tensor]:
+    """Instead of a reduce-scatter that is begun."""
+    return lambda: rows[axis.rank]
+
+
+START_SUM = replicas.start_sum
 
 
 def first_gather_only(gather: Callable[[Replicas], None]) -> Callable[[Replicas], None]:
@@ -272,10 +286,16 @@ MUTATIONS |= {
     "a twin keeps its values": (TWIN, replaced(Twin, "refresh", nothing)),
     "shards of the gradient not summed": (
         WHOLE_COPIES,
-        replaced(replicas, "scatter_sum_along", own_piece),
+        replaced(replicas, "start_scatter_sum", start_own),
     ),
-    "copies of a shard not summed": (WHOLE_COPIES, replaced(replicas, "sum_copies", nothing)),
-    "copies of a shard summed twice": (WHOLE_COPIES, replaced(replicas, "sum_copies", twice)),
+    "copies of a shard not summed": (
+        WHOLE_COPIES,
+        replaced(replicas, "start_sum", start_nothing),
+    ),
+    "copies of a shard summed twice": (
+        WHOLE_COPIES,
+        replaced(replicas, "start_sum", start_twice),
+    ),
     "other ranks' shards not gathered": (
         WHOLE_COPIES,
         replaced(replicas, "gather_along", repeated),
@@ -307,8 +327,8 @@ MUTATIONS |= {
         SHARDED_COPIES,
         replaced(fsdp, "all_gather_single", own_into_all),
     ),
-    "replicas not summed": (REPLICATED, replaced(replicas, "sum_copies", nothing)),
-    "replicas summed twice": (REPLICATED, replaced(replicas, "sum_copies", twice)),
+    "replicas not summed": (REPLICATED, replaced(replicas, "start_sum", start_nothing)),
+    "replicas summed twice": (REPLICATED, replaced(replicas, "start_sum", start_twice)),
     "replicas counted in the norm": (REPLICATED, replaced(ParameterTable, "set_copies", nothing)),
 }
 CONTROLS = {

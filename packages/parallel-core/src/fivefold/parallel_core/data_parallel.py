@@ -6,6 +6,7 @@ batch, and an expert sees tokens of ranks that are not in its group.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_map_only
 
 from fivefold.parallel_core.config import Config
-from fivefold.parallel_core.data_parallel_config import DataParallelConfig
+from fivefold.parallel_core.data_parallel_config import WHOLE, DataParallelConfig
 from fivefold.parallel_core.errors import ConfigError
 from fivefold.parallel_core.fsdp import ShardOptions, shard_module
 from fivefold.parallel_core.parameters import ParameterTable
@@ -78,8 +79,9 @@ def shard_data(
     laid = [_lay(model, table, data, precision, config) for data in ("edp", "dp-cp")]
     for one in laid:
         table.set_copies(one.data, one.replicate)
-    whole = [one for one in laid if one.form in ("replicate", "zero1") and one.names]
-    replicas = [_replicate(model, table, units, one, precision) for one in whole if one.needed]
+    whole = [one for one in laid if one.form in WHOLE and one.names]
+    make = partial(_replicate, model, table, units, precision=precision, overlap=config.overlap)
+    replicas = [make(one) for one in whole if one.needed]
     setattr(model, _REPLICAS, replicas)
     if replicas and precision.mixed:
         _cast_inputs(model, units, precision.compute_dtype)
@@ -115,17 +117,24 @@ def _lay(
     topology = table.topology
     size = config.shard_size_of(data, topology.size(data))
     # Neighbours share a copy: they lie within a node as far as the axis does.
-    shard = topology.axis(data if size == topology.size(data) else f"{data}%{size}")
-    replicate = topology.axis(data if size == 1 else f"{data}//{size}")
+    form = config.form_of(data)
+    axis = topology.apart if config.overlap and form in WHOLE else topology.axis
+    shard = axis(data if size == topology.size(data) else f"{data}%{size}")
+    replicate = axis(data if size == 1 else f"{data}//{size}")
     names = [name for name, _ in model.named_parameters() if table[name].data == data]
-    return _Laid(data, config.form_of(data), names, shard, replicate, precision.mixed)
+    return _Laid(data, form, names, shard, replicate, precision.mixed)
 
 
 # ---- whole parameters ------------------------------------------------------------------------
 
 
 def _replicate(
-    model: nn.Module, table: ParameterTable, units: Sequence[str], laid: _Laid, precision: Precision
+    model: nn.Module,
+    table: ParameterTable,
+    units: Sequence[str],
+    laid: _Laid,
+    precision: Precision,
+    overlap: bool,
 ) -> Replicas:
     replicas = Replicas(
         model,
@@ -134,6 +143,7 @@ def _replicate(
         laid.replicate,
         storage=precision.storage_dtype,
         compute=precision.compute_dtype,
+        overlap=overlap,
     )
     for name in laid.names:
         table.set_mains(name, replicas)
@@ -259,6 +269,8 @@ def free_gathered(model: nn.Module) -> None:
 
 def synchronise_last(model: nn.Module, last: bool) -> None:
     """Reduce gradients in this backward only if it is the last of the step's microbatches."""
+    for replicas in _replicas_of(model) if last else ():
+        replicas.expect_last()
     # No more than that: were FSDP told that a backward is not the last one, it would remember the
     # order of its modules, and prefetch some that are not needed again.
     if isinstance(model, FSDPModule):

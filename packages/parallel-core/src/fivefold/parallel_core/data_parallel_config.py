@@ -8,6 +8,8 @@ from fivefold.parallel_core.errors import ConfigError
 from fivefold.parallel_core.layout import Layout
 
 Form = Literal["replicate", "zero1", "zero2", "zero3"]
+WHOLE: tuple[Form, ...] = ("replicate", "zero1")
+"""Forms in which a rank has the whole of each parameter; FSDP has the others."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,12 +25,16 @@ class DataParallelConfig(Config):
             (hybrid sharding). It divides dp * cp; None is all of them.
         expert_form: of the experts' parameters; None is ``form``.
         expert_shard_size: of the experts, whose data axis is edp; None is all of it.
+        overlap: begin to reduce gradients of whole parameters ("replicate", "zero1") while the last
+            backward of a step still runs, on process groups of their own; in a pipeline they are
+            reduced after it. FSDP ("zero2", "zero3") always overlaps.
     """
 
     form: Form = "zero2"
     shard_size: int | None = None
     expert_form: Form | None = None
     expert_shard_size: int | None = None
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         for name, data in (("shard_size", "dp-cp"), ("expert_shard_size", "edp")):

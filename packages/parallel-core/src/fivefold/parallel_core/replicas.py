@@ -11,26 +11,55 @@ each of the optimizer's moments; where d is 1 and the dtypes are one, the main p
 module's. A step sends (d-1)/d·P each way and 2(r-1)/r·P/d to the r copies, P with padding.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fivefold.parallel_core._compat import reduce_scatter_single
 from fivefold.parallel_core.box import Box
 from fivefold.parallel_core.chunks import Chunks
-from fivefold.parallel_core.collectives import gather_along, scatter_sum_along
+from fivefold.parallel_core.collectives import gather_along
 from fivefold.parallel_core.errors import ConfigError
 from fivefold.parallel_core.ledger import labelled
+from fivefold.parallel_core.overlap import Overlap
 from fivefold.parallel_core.topology import Axis
+
+Begun = tuple[list[tuple[str, int]], Callable[[], Tensor]]
+"""Where the gradients of a message lie in what the function waits for and gives."""
+
+
+def start_sum(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
+    """Begin to all-reduce ``x`` in place; what is returned waits, and gives ``x``."""
+    if axis.group is None:
+        return lambda: x
+    with labelled(axis.name):
+        work = dist.all_reduce(x, group=axis.group, async_op=True)
+    return partial(_wait, work, x, x)
+
+
+def start_scatter_sum(rows: Tensor, axis: Axis) -> Callable[[], Tensor]:
+    """Begin to reduce-scatter ``rows`` (ranks, n); what is returned waits, and gives (n,)."""
+    if axis.group is None:
+        return lambda: rows[0]
+    mine = torch.empty_like(rows[0])
+    with labelled(axis.name):
+        work = reduce_scatter_single(mine, rows.flatten(), axis.group, async_op=True)
+    return partial(_wait, work, rows, mine)
+
+
+def _wait(work: dist.Work | None, sent: Tensor, received: Tensor) -> Tensor:
+    """``received``, when it is there; ``sent`` must live until then."""
+    if work is not None:
+        work.wait()
+    return received
 
 
 def sum_copies(x: Tensor, axis: Axis) -> None:
     """All-reduce ``x`` over ``axis``, in place."""
-    if axis.group is not None:
-        with labelled(axis.name):
-            dist.all_reduce(x, group=axis.group)
+    start_sum(x, axis)()
 
 
 class Replicas:
@@ -43,6 +72,8 @@ class Replicas:
         replicate: ranks that hold the same shard.
         storage: dtype of main parameters and of reduced gradients.
         compute: dtype of forward and backward.
+        overlap: begin reductions within a backward that ``expect_last`` announced; the axes then
+            need groups of their own.
 
     Raises:
         ConfigError: a parameter without dims, which cannot be cut.
@@ -57,6 +88,7 @@ class Replicas:
         *,
         storage: torch.dtype,
         compute: torch.dtype,
+        overlap: bool = False,
     ):
         self.shard, self.replicate = shard, replicate
         self._model, self._buckets = model, buckets
@@ -64,6 +96,9 @@ class Replicas:
         self._mains: dict[str, nn.Parameter] = {}
         self._watched: dict[str, nn.Parameter] = {}
         self._sums: dict[str, Tensor] = {}
+        # Backward comes to the last layers first.
+        self._reductions = Overlap(buckets[::-1], self._begin)
+        self._overlap = overlap
         self._fresh = False
         for name in (name for bucket in buckets for name in bucket):
             self._adopt(name)
@@ -118,8 +153,10 @@ class Replicas:
     @torch.no_grad()
     def gather(self) -> None:
         """Give the module's parameters the values of all ranks' main parameters."""
-        if not self._alike:
-            for bucket in self._buckets:
+        for bucket in self._buckets:
+            for name in bucket:
+                self._watch(name, self._model.get_parameter(name))
+            if not self._alike:
                 self._gather_bucket(bucket)
         self._fresh = True
 
@@ -137,7 +174,6 @@ class Replicas:
             for row, box in self._rows(name):
                 part = rows[row, start : start + box.numel].view(box.size)
                 parameter.detach()[box.slices].copy_(part)
-            self._watch(name, parameter)
 
     def _spans(self, names: Sequence[str]) -> tuple[list[tuple[str, int]], int]:
         """Where each parameter's chunk starts in a rank's part of a message, and its length."""
@@ -155,12 +191,20 @@ class Replicas:
     # ---- gradients -------------------------------------------------------------------------
 
     def _watch(self, name: str, parameter: nn.Parameter) -> None:
-        """Let gradients of another dtype be summed in the storage dtype as they come."""
-        if self._mixed and parameter.requires_grad and self._watched.get(name) is not parameter:
-            parameter.register_post_accumulate_grad_hook(partial(self._collect, name))
+        """See gradients as they come, where something is to be done with them then."""
+        wanted = (self._mixed or self._overlap) and parameter.requires_grad
+        if wanted and self._watched.get(name) is not parameter:
+            parameter.register_post_accumulate_grad_hook(partial(self._arrived, name))
             self._watched[name] = parameter
 
+    @torch.no_grad()
+    def _arrived(self, name: str, parameter: Tensor) -> None:
+        if self._mixed:
+            self._collect(name, parameter)
+        self._reductions.arrived(name)
+
     def _collect(self, name: str, parameter: Tensor) -> None:
+        """Sum a gradient in the storage dtype."""
         grad, parameter.grad = parameter.grad, None
         if grad is None:
             return
@@ -175,6 +219,11 @@ class Replicas:
             for name in (name for bucket in self._buckets for name in bucket):
                 self._collect(name, self._model.get_parameter(name))
 
+    def expect_last(self) -> None:
+        """Gradients that come from now on are a step's last, and may be reduced as they come."""
+        if self._overlap:
+            self._reductions.arm()
+
     @torch.no_grad()
     def reduce(self) -> None:
         """Give every main parameter its gradient, summed over the ranks; the whole ones go.
@@ -182,15 +231,33 @@ class Replicas:
         A parameter without gradient counts as zero, since other ranks may have one.
         """
         self.collect()
-        for bucket in self._buckets:
-            names = [name for name in bucket if self._model.get_parameter(name).requires_grad]
-            if names:
-                self._reduce_bucket(names)
+        for begun in self._reductions.finish():
+            if begun is not None:
+                self._hand_out(*begun)
         self._fresh = False
 
-    def _reduce_bucket(self, names: Sequence[str]) -> None:
+    @torch.no_grad()
+    def _begin(self, bucket: Sequence[str]) -> Begun | None:
+        """Start to reduce a bucket; None where it has nothing to train."""
+        names = [name for name in bucket if self._model.get_parameter(name).requires_grad]
+        if not names:
+            return None
         spans, total = self._spans(names)
-        device = self._model.get_parameter(names[0]).device
+        rows = self._pack(spans, total)
+        if self.shard.size == 1:
+            return spans, start_sum(rows[0], self.replicate)
+        scattered = start_scatter_sum(rows, self.shard)
+        return spans, lambda: start_sum(scattered(), self.replicate)()
+
+    def _hand_out(self, spans: list[tuple[str, int]], wait: Callable[[], Tensor]) -> None:
+        mine = wait()
+        for name, start in spans:
+            box = self.box(name)
+            self.main(name).grad = mine[start : start + box.numel].view(box.size)
+
+    def _pack(self, spans: list[tuple[str, int]], total: int) -> Tensor:
+        """The gradients, each rank's part in a row; they are nowhere else afterwards."""
+        device = self._model.get_parameter(spans[0][0]).device
         rows = torch.zeros((self.shard.size, total), dtype=self._storage, device=device)
         for name, start in spans:
             grad = self._take(name)
@@ -198,11 +265,7 @@ class Replicas:
                 continue
             for row, box in self._rows(name):
                 rows[row, start : start + box.numel].copy_(grad[box.slices].reshape(-1))
-        mine = scatter_sum_along(rows.flatten(), self.shard, 0)
-        sum_copies(mine, self.replicate)
-        for name, start in spans:
-            box = self.box(name)
-            self.main(name).grad = mine[start : start + box.numel].view(box.size)
+        return rows
 
     def _take(self, name: str) -> Tensor | None:
         """The whole gradient, which nobody holds any longer."""
