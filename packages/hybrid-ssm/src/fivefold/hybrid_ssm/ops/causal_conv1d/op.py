@@ -13,7 +13,7 @@ from fivefold.hybrid_ssm.ops.checks import check_ids, check_shapes
 from fivefold.hybrid_ssm.ops.documents import count_documents
 from fivefold.kernels.op import define
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("triton", "cpu", "reference")
 
 
 @define("fivefold_hybrid_ssm", backends=BACKENDS)

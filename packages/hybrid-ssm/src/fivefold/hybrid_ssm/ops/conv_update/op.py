@@ -11,7 +11,7 @@ from fivefold.hybrid_ssm.ops.causal_conv1d.op import check_taps
 from fivefold.hybrid_ssm.ops.checks import check_no_gradient, check_shapes, wants_gradient
 from fivefold.kernels.op import define
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("triton", "cpu", "reference")
 
 
 @define("fivefold_hybrid_ssm", backends=BACKENDS, mutates=("state",))

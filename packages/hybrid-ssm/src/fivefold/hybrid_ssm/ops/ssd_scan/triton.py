@@ -146,7 +146,7 @@ def _dense(x: Tensor | None) -> Tensor | None:
 
 
 @triton.jit
-def _softened(dt, SOFTPLUS: tl.constexpr):
+def softened(dt, SOFTPLUS: tl.constexpr):
     """Softplus, which is the identity above 20 as in torch, and right where it is tiny."""
     if SOFTPLUS:
         grown = tl.exp(tl.where(dt > 20, 0, dt))
@@ -198,7 +198,7 @@ def _decays_kernel(
     inside = head_in[:, None] & (tokens < num_tokens)[None, :]
     at = dt_ptr + sequence * dt_sequence + tokens.to(tl.int64)[None, :] * dt_token
     at += heads[:, None] * dt_head
-    dt = _softened(_raw_steps(at, bias_ptr, heads, inside, head_in, HAS_BIAS, COMPUTE), SOFTPLUS)
+    dt = softened(_raw_steps(at, bias_ptr, heads, inside, head_in, HAS_BIAS, COMPUTE), SOFTPLUS)
     dt = tl.where(dt < dt_min, dt_min, dt)
     dt = tl.where(dt > dt_max, dt_max, dt)
     # What is past the end takes no step.
@@ -736,7 +736,7 @@ def _ddt_kernel(
     at = dt_ptr + sequence * dt_sequence + tokens.to(tl.int64)[None, :] * dt_token
     at += heads[:, None] * dt_head
     dt = _raw_steps(at, bias_ptr, heads, inside, head_in, HAS_BIAS, COMPUTE)
-    soft = _softened(dt, SOFTPLUS)
+    soft = softened(dt, SOFTPLUS)
     ddt = tl.where((soft >= dt_min) & (soft <= dt_max) & inside, dsteps, 0)
     if SOFTPLUS:
         ddt = tl.where(dt > 20, ddt, ddt * sigmoid(dt))

@@ -18,7 +18,7 @@ from fivefold.hybrid_ssm.ops.checks import (
 from fivefold.hybrid_ssm.ops.ssd_scan import ssd_scan
 from fivefold.kernels.op import define
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("triton", "cpu", "reference")
 
 
 @define("fivefold_hybrid_ssm", backends=BACKENDS, mutates=("state",))
