@@ -237,6 +237,27 @@ def test_a_wide_residual_is_float32(oracle: Oracle) -> None:
     assert (found - expected).abs().mean() < 0.03 * expected.abs().mean()
 
 
+@torch.no_grad()
+def test_what_heads_keep_follows_their_parameters(oracle: Oracle) -> None:
+    """Values of heads are kept between calls without gradients, and made anew when one changes."""
+    ours, theirs = oracle(tiny_config(pattern="M-M"))
+    ids = tokens(1, 9)
+    first = ours(ids)
+    assert torch.equal(ours(ids), first)
+    for name, parameter in ours.named_parameters():
+        if name.endswith("A_log"):
+            parameter.add_(0.5)
+    changed = ours(ids)
+    assert (changed - first).abs().max() > 1e-3
+    for module in theirs.modules():
+        if hasattr(module, "A_log"):
+            module.A_log.add_(0.5)
+    expected = theirs(ids, use_cache=False).logits
+    torch.testing.assert_close(changed, expected, rtol=0, atol=2e-5)
+    ours.double()
+    torch.testing.assert_close(ours(ids).float(), expected, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -17,6 +17,12 @@ from fivefold.hybrid_ssm.errors import (
     HybridWeightsError,
 )
 from fivefold.hybrid_ssm.hf import kept_tensors
+from fivefold.parallel_core.inference import whole_logits
+from fivefold.parallel_core.launcher import launch
+from fivefold.parallel_core.layout import Layout
+from fivefold.parallel_core.topology import Topology
+
+from .conftest import tiny_config
 
 Make = Callable[..., HybridConfig]
 Oracle = Callable[..., tuple[HybridForCausalLM, Any]]
@@ -27,6 +33,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "mamba2": {"model_type": "mamba2", "pattern": "MM"},
     "mamba2 tied": {"model_type": "mamba2", "pattern": "MM", "tie_word_embeddings": True},
 }
+
+CHECKED = tiny_config(latent_size=32)
 
 
 def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -197,3 +205,19 @@ def test_the_card_says_what_there_is(tiny: Make, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("mine")
     HybridForCausalLM(tiny()).save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def _load_part(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    """On each of four ranks: read the slices of this rank, and give the logits of all."""
+    topology = Topology(Layout(4, tp=2, pp=2, ep=2))
+    model = HybridForCausalLM.from_pretrained(folder, topology)
+    return whole_logits(model, topology, ids, vocab_size=97, hidden_size=64)
+
+
+def test_ranks_read_their_slices(oracle: Oracle, tmp_path: Path) -> None:
+    model, _ = oracle(CHECKED)
+    ids = torch.arange(32).view(2, 16)
+    with torch.no_grad():
+        expected = model(ids)
+    for found in launch(_load_part, 4, tmp_path / "oracle", ids):
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)

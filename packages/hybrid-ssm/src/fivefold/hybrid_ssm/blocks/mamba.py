@@ -7,7 +7,7 @@ Legend: B sequences, S tokens here, H heads, P width of a head, G groups, N leng
 K channels (of x, then of B and C), W taps.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,14 @@ class HeadValues:
     decay: Tensor
     skip: Tensor
     dt_bias: Tensor
+    _joined: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+
+    def joined(self) -> tuple[Tensor, Tensor | None]:
+        """Taps (K, W) and biases (K,) of all channels; made once."""
+        if not self._joined:
+            bias = None if self.biases[0] is None else torch.cat(self.biases)  # type: ignore[arg-type]
+            self._joined.append((torch.cat(self.weights), bias))
+        return self._joined[0]
 
 
 class Taps(nn.Module):
@@ -84,9 +92,22 @@ class Heads(KeepsFloat32):
         self.A_log = nn.Parameter(torch.empty(config.num_mamba_heads))
         self.D = nn.Parameter(torch.empty(config.num_mamba_heads))
         self.dt_bias = nn.Parameter(torch.empty(config.num_mamba_heads))
+        self._kept: tuple[object, HeadValues] | None = None
 
     def forward(self) -> HeadValues:
-        """The values of this rank's heads."""
+        """The values of this rank's heads.
+
+        Without gradients they are kept until a parameter changes: a decoded token is so little
+        work that making them anew would show.
+        """
+        if torch.is_grad_enabled():
+            return self._values()
+        state = tuple((p.data_ptr(), p._version, p.dtype) for p in self.parameters())
+        if self._kept is None or self._kept[0] != state:
+            self._kept = (state, self._values())
+        return self._kept[1]
+
+    def _values(self) -> HeadValues:
         x, b, c = (self.get_submodule(f"conv_{name}") for name in "xbc")
         wide = torch.promote_types(self.A_log.dtype, torch.float32)
         return HeadValues(
@@ -211,8 +232,7 @@ class MambaCore(nn.Module):
         """One token, from ``state`` to ``state``; in place where nothing needs a gradient."""
         inputs = (x_b1k, b_b1k, c_b1k)
         sizes = [each.shape[-1] for each in inputs]
-        weight, x_bk = torch.cat(values.weights), torch.cat(inputs, dim=-1)[:, 0]
-        bias = None if values.biases[0] is None else torch.cat(values.biases)  # type: ignore[arg-type]
+        (weight, bias), x_bk = values.joined(), torch.cat(inputs, dim=-1)[:, 0]
         if torch.is_grad_enabled():
             x_bk, state.conv = conv_update(state.conv, x_bk, weight, bias, activation="silu")  # type: ignore[arg-type]
         else:
