@@ -4,6 +4,7 @@ from fivefold.parallel_core.files import atomic_write_bytes, atomic_write_text, 
 from fivefold.parallel_core.hub.fill import fill
 from fivefold.parallel_core.hub.reader import SafetensorsReader
 from fivefold.parallel_core.hub.repository import push, resolve
+from fivefold.parallel_core.hub.shared_writer import write_together
 from fivefold.parallel_core.hub.writer import write_sharded
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "resolve",
     "write_json",
     "write_sharded",
+    "write_together",
 ]

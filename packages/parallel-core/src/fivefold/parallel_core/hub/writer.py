@@ -53,10 +53,10 @@ def write_sharded(
         ConfigError: ``max_shard_size`` is no size.
     """
     folder = Path(folder)
-    shards = _split(_checked(plan), _bytes(max_shard_size))
-    names = _file_names(len(shards))
+    shards = split(checked(plan), num_bytes(max_shard_size))
+    names = file_names(len(shards))
     folder.mkdir(parents=True, exist_ok=True)
-    _remove(folder.glob(".model*.partial-*"))  # of a save that was killed
+    remove(folder.glob(".model*.partial-*"))  # of a save that was killed
     partial = {name: folder / temporary_name(name) for name in names}
     arriving = iter(tensors)
     try:
@@ -65,13 +65,14 @@ def write_sharded(
         extra = next(arriving, None)
         if extra is not None:
             raise CheckpointError(f"tensor {extra[0]!r} comes after the last one of the plan")
-        _publish(folder, partial, _index(names, shards))
+        publish(folder, partial, index_of(names, shards))
     finally:
-        _remove(partial.values())
+        remove(partial.values())
     return [folder / name for name in names]
 
 
-def _checked(plan: Iterable[Spec]) -> list[Spec]:
+def checked(plan: Iterable[Spec]) -> list[Spec]:
+    """The plan as a list; raises ``CheckpointError`` where it is empty or has a name twice."""
     specs = [(name, tuple(shape), dtype) for name, shape, dtype in plan]
     names = [name for name, _, _ in specs]
     if not names:
@@ -82,7 +83,8 @@ def _checked(plan: Iterable[Spec]) -> list[Spec]:
     return list(specs)
 
 
-def _bytes(size: int | str) -> int:
+def num_bytes(size: int | str) -> int:
+    """A size as a number; raises ``ConfigError`` where it is none."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(size).strip())
     if match is None or match[2].upper() not in _UNITS or float(match[1]) == 0:
         units = ", ".join(unit for unit in _UNITS if unit)
@@ -94,7 +96,7 @@ def _nbytes(spec: Spec) -> int:
     return prod(spec[1]) * spec[2].itemsize
 
 
-def _split(specs: Sequence[Spec], limit: int) -> list[list[Spec]]:
+def split(specs: Sequence[Spec], limit: int) -> list[list[Spec]]:
     """Cut the plan, in order, into runs of at most ``limit`` bytes or of one tensor."""
     shards: list[list[Spec]] = [[]]
     size = 0
@@ -107,13 +109,15 @@ def _split(specs: Sequence[Spec], limit: int) -> list[list[Spec]]:
     return shards
 
 
-def _file_names(count: int) -> list[str]:
+def file_names(count: int) -> list[str]:
+    """What the files of a folder are called, as transformers calls them."""
     if count == 1:
         return [SINGLE]
     return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
-def _index(names: Sequence[str], shards: Sequence[Sequence[Spec]]) -> dict[str, object]:
+def index_of(names: Sequence[str], shards: Sequence[Sequence[Spec]]) -> dict[str, object]:
+    """The index of a folder of shards."""
     pairs = [(spec, name) for name, shard in zip(names, shards, strict=True) for spec in shard]
     return {
         "metadata": {"total_size": sum(_nbytes(spec) for spec, _ in pairs)},
@@ -133,7 +137,7 @@ def _write_shard(
         file.write(header)
         for spec in shard:
             file.seek(len(header) + entries[spec[0]].start)
-            file.write(_raw(_next(spec, tensors)))  # no name keeps it alive while the next is made
+            file.write(raw(_next(spec, tensors)))  # no name keeps it alive while the next is made
 
 
 def _next(spec: Spec, tensors: Iterator[tuple[str, Tensor]]) -> Tensor:
@@ -150,12 +154,13 @@ def _next(spec: Spec, tensors: Iterator[tuple[str, Tensor]]) -> Tensor:
     return tensor
 
 
-def _raw(tensor: Tensor) -> memoryview:
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor in the order of the file format."""
     flat = tensor.detach().cpu().contiguous().flatten()
     return flat.view(torch.uint8).numpy().data
 
 
-def _publish(folder: Path, partial: Mapping[str, Path], index: Mapping[str, object]) -> None:
+def publish(folder: Path, partial: Mapping[str, Path], index: Mapping[str, object]) -> None:
     """Give complete files their names, in an order that never shows a mixture of two saves.
 
     Readers take ``model.safetensors`` before an index, so that file goes first when it is new and
@@ -163,7 +168,7 @@ def _publish(folder: Path, partial: Mapping[str, Path], index: Mapping[str, obje
     """
     sharded = SINGLE not in partial
     if sharded and any((folder / name).exists() for name in partial):
-        _remove([folder / INDEX])  # it would call a mixture of old and new shards complete
+        remove([folder / INDEX])  # it would call a mixture of old and new shards complete
         sync_folder(folder)
     for name, path in partial.items():
         path.replace(folder / name)
@@ -172,9 +177,10 @@ def _publish(folder: Path, partial: Mapping[str, Path], index: Mapping[str, obje
         write_json(folder / INDEX, index)
     stale = [SINGLE] if sharded else [INDEX]
     shards = [path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name)]
-    _remove(folder / name for name in stale + shards if name not in partial)
+    remove(folder / name for name in stale + shards if name not in partial)
 
 
-def _remove(paths: Iterable[Path]) -> None:
+def remove(paths: Iterable[Path]) -> None:
+    """Remove files that may be there."""
     for path in paths:
         path.unlink(missing_ok=True)
