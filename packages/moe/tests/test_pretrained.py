@@ -152,10 +152,19 @@ def test_only_the_slices_that_are_held(saved: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    "degrees", [{"tp": 2, "pp": 2, "ep": 2}, {"cp": 2, "ep": 2, "etp": 2}], ids=str
+    ("degrees", "changes"),
+    [
+        ({"tp": 2, "pp": 2, "ep": 2}, {}),
+        ({"cp": 2, "ep": 2, "etp": 2}, {}),
+        # The embedding on both stages, and one key head on two ranks.
+        ({"tp": 2, "pp": 2, "ep": 2}, {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    ],
+    ids=str,
 )
-def test_each_rank_reads_its_own(tiny: Make, tmp_path: Path, degrees: dict[str, int]) -> None:
-    MoEForCausalLM(tiny(num_experts=4)).save_pretrained(tmp_path)
+def test_each_rank_reads_its_own(
+    tiny: Make, tmp_path: Path, degrees: dict[str, int], changes: dict[str, Any]
+) -> None:
+    MoEForCausalLM(tiny(num_experts=4, **changes)).save_pretrained(tmp_path)
     x = torch.randint(48, (2, 8))
 
     def logits() -> tuple[Tensor, int]:
