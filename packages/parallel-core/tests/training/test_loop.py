@@ -429,20 +429,22 @@ def test_steps_whose_gradient_is_not_finite_change_nothing_and_are_counted(
     assert all(torch.equal(end(resumed)[name], x) for name, x in end(trainer).items())
 
 
-def on_ranks_with_one_bad() -> tuple[int, bool]:
+def on_ranks_with_one_bad(degrees: Mapping[str, int]) -> tuple[int, bool]:
     """Only the last rank's gradient is not finite; all skip the step."""
-    topology = Topology(Layout(4, tp=2))
+    topology = Topology(Layout(4, **degrees))
     trainer, _ = make_trainer(topology, steps=1)
     if topology.world_rank == 3:
-        layer = trainer.model.parts[0].get_submodule("layers.0.mlp")
+        modules = trainer.model.parts[0].named_modules()
+        layer = next(module for name, module in modules if name.endswith(".mlp"))
         layer.register_forward_hook(lambda *call: call[-1] * math.nan)
     before = end(trainer)
     trainer.train_step()
     return trainer.skipped, all(torch.equal(before[name], x) for name, x in end(trainer).items())
 
 
-def test_one_bad_rank_makes_all_skip() -> None:
-    assert launch(on_ranks_with_one_bad, 4) == [(1, True)] * 4
+@pytest.mark.parametrize("degrees", [{"tp": 2}, {"pp": 2}, {"pp": 2, "ep": 2}, {"etp": 2}])
+def test_one_bad_rank_makes_all_skip(degrees: dict[str, int]) -> None:
+    assert launch(on_ranks_with_one_bad, 4, degrees) == [(1, True)] * 4
 
 
 def test_too_many_bad_steps_in_a_row_stop_the_run() -> None:
