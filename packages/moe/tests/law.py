@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fivefold.moe import MoEConfig, MoEForCausalLM, sharding
+from fivefold.moe.routing import RouterConfig
 from fivefold.parallel_core.build import ParallelModel, build, make_runner
 from fivefold.parallel_core.context import take_held
 from fivefold.parallel_core.data_parallel import Precision
@@ -39,8 +40,7 @@ MODEL = MoEConfig(
     expert_intermediate_size=16,
     num_experts=8,
     num_experts_per_token=2,
-    aux_loss_coef=0.1,
-    z_loss_coef=0.01,
+    router=RouterConfig(aux_loss_coef=0.1, z_loss_coef=0.01),
     initializer_range=0.3,
 )
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fivefold.moe import MoEConfig, MoELayer
+from fivefold.moe.routing import RouterConfig
 from fivefold.parallel_core.losses import SideOutputs
 
 
@@ -36,7 +37,7 @@ def test_against_every_expert(tiny: Callable[..., MoEConfig], k: int) -> None:
 
 def test_losses_go_to_the_given_side(tiny: Callable[..., MoEConfig]) -> None:
     side = SideOutputs()
-    layer = MoELayer(tiny(z_loss_coef=0.1), 7, side)
+    layer = MoELayer(tiny(router=RouterConfig(z_loss_coef=0.1)), 7, side)
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
     layer(torch.randn(1, 4, 32))

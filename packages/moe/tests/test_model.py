@@ -11,6 +11,7 @@ from fivefold.moe import MoEConfig, MoEForCausalLM
 from fivefold.moe.cache import KVCache
 from fivefold.moe.errors import MoEInputError
 from fivefold.moe.generate import generate
+from fivefold.moe.routing import RouterConfig
 from fivefold.parallel_core.documents import starts_of_ids
 
 Make = Callable[..., MoEConfig]
@@ -157,7 +158,7 @@ def test_stages_one_after_the_other_are_the_model(tiny: Make) -> None:
 
 
 def test_all_layers_share_one_side(tiny: Make) -> None:
-    model = MoEForCausalLM(tiny(z_loss_coef=0.1))
+    model = MoEForCausalLM(tiny(router=RouterConfig(z_loss_coef=0.1)))
     model(ids())
     assert set(model.side.drain()) == {"load.0", "load.1", "aux_loss", "z_loss"}
     model.eval()(ids())

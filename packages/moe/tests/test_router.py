@@ -6,12 +6,16 @@ from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from fivefold.moe import Router
+from fivefold.moe.routing import RouterConfig
 from fivefold.parallel_core.losses import SideOutputs
+
+NO_LOSS = {"aux_loss_coef": 0.0}
 
 
 def router(num_experts: int = 5, k: int = 2, **options: Any) -> tuple[Router, SideOutputs]:
     side = SideOutputs()
-    module = Router(num_experts, 8, k, side, layer=3, **options).double()
+    module = Router(num_experts, 8, k, side, layer=3, config=RouterConfig(**NO_LOSS | options))
+    module.double()
     nn.init.normal_(module.weight)
     return module, side
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fivefold.kernels import attention
 from fivefold.moe.cache import LayerCache
 from fivefold.moe.config import MoEConfig
+from fivefold.moe.norm import RMSNorm
 from fivefold.parallel_core.documents import Documents
 from fivefold.parallel_core.linear_group import LinearGroup
 
@@ -102,13 +103,15 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         query_width = config.num_attention_heads * config.head_dim
         key_width = config.num_key_value_heads * config.head_dim
+        widths = {"q_proj": query_width, "k_proj": key_width, "v_proj": key_width}
         self.qkv = LinearGroup(
             {
-                "q_proj": nn.Linear(config.hidden_size, query_width, bias=False),
-                "k_proj": nn.Linear(config.hidden_size, key_width, bias=False),
-                "v_proj": nn.Linear(config.hidden_size, key_width, bias=False),
+                name: nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
+                for name, width in widths.items()
             }
         )
+        self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.core = AttentionCore(config.sliding_window)
         self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
 
@@ -121,6 +124,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Hidden states (B, S, H) to (B, S, H), reading and extending ``cache`` if there is one."""
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv(x_bsh))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q), rotate(k)
         if cache is not None:
             k, v = cache.append(k, v)

@@ -1,13 +1,14 @@
-"""The names under which transformers keeps the parameters of a Mixtral model in its files."""
+"""The names under which transformers keeps the parameters of a model in its files."""
 
 import re
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fivefold.moe.config import MoEConfig
 from fivefold.moe.errors import MoEWeightsError
+from fivefold.moe.families import FAMILIES
 
 # Ours to theirs, of a whole parameter.
 _PLAIN = {
@@ -22,7 +23,14 @@ _IN_LAYER = {
     "attention.qkv.k_proj.weight": "self_attn.k_proj.weight",
     "attention.qkv.v_proj.weight": "self_attn.v_proj.weight",
     "attention.o_proj.weight": "self_attn.o_proj.weight",
-    "mlp.router.weight": "block_sparse_moe.gate.weight",
+    **{f"attention.qkv.{x}_proj.bias": f"self_attn.{x}_proj.bias" for x in "qkv"},
+    **{f"attention.{x}_norm.weight": f"self_attn.{x}_norm.weight" for x in "qk"},
+}
+# Of the network that all tokens share: in a dense layer's ``mlp``, and in ``mlp.shared``.
+_GATED = {
+    "gate_up.gate_proj.weight": "gate_proj.weight",
+    "gate_up.up_proj.weight": "up_proj.weight",
+    "down.weight": "down_proj.weight",
 }
 # Some older files carry it; it follows from the configuration.
 _COMPUTED = "rotary_emb.inv_freq"
@@ -51,16 +59,37 @@ def hf_sources(
         return [(_PLAIN[name], ())]
     match = _LAYER.fullmatch(name)
     layer, rest = match.groups() if match else ("", "")
-    prefix = f"model.layers.{layer}."
-    if rest in _IN_LAYER:
-        return [(prefix + _IN_LAYER[rest], ())]
-    expert = prefix + "block_sparse_moe.experts.{}.{}.weight"
-    if rest == "mlp.experts.gate_up":
-        parts = ((0, "w1"), (1, "w3"))
+    found = _in_layer(config, rest, shape)
+    if not found:
+        raise MoEWeightsError(f"a {config.model_type} model has no parameter {name!r}")
+    return [(f"model.layers.{layer}.{source}", index) for source, index in found]
+
+
+def _in_layer(
+    config: MoEConfig, name: str, shape: tuple[int, ...]
+) -> list[tuple[str, tuple[int, ...]]]:
+    """The same below the name of a layer; nothing for a name that no layer has."""
+    family = FAMILIES[config.model_type]
+    names = _IN_LAYER | {
+        "mlp.router.weight": f"{family.block}.gate.weight",
+        "mlp.router.bias": f"{family.block}.gate.e_score_correction_bias",
+        "mlp.shared_gate.weight": f"{family.block}.shared_expert_gate.weight",
+        **{f"mlp.{ours}": f"mlp.{theirs}" for ours, theirs in _GATED.items()},
+        **{
+            f"mlp.shared.{ours}": f"{family.block}.{family.shared}.{theirs}"
+            for ours, theirs in _GATED.items()
+        },
+    }
+    if name in names:
+        return [(names[name], ())]
+    expert = family.block + ".experts.{}.{}.weight"
+    gate, up, down = family.experts
+    if name == "mlp.experts.gate_up":
+        parts = ((0, gate), (1, up))
         return [(expert.format(e, w), (e, i)) for e in range(shape[0]) for i, w in parts]
-    if rest == "mlp.experts.down":
-        return [(expert.format(e, "w2"), (e,)) for e in range(shape[0])]
-    raise MoEWeightsError(f"a {config.model_type} model has no parameter {name!r}")
+    if name == "mlp.experts.down":
+        return [(expert.format(e, down), (e,)) for e in range(shape[0])]
+    return []
 
 
 def to_hf(config: MoEConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -103,6 +132,8 @@ def check_names(config: MoEConfig, names: Iterable[str]) -> None:
     shapes = parameter_shapes(config)
     needed = [source for name in shapes for source, _ in hf_sources(config, name, shapes[name])]
     found = [name for name in names if not name.endswith(_COMPUTED)]
+    if FAMILIES[config.model_type].predicts_ahead:
+        found = [name for name in found if _layer_of(name) < config.num_layers]
     if config.tie_word_embeddings:
         found = [name for name in found if name != _PLAIN["lm_head.weight"]]
     missing = sorted(set(needed) - set(found))
@@ -114,13 +145,25 @@ def check_names(config: MoEConfig, names: Iterable[str]) -> None:
         )
 
 
+def _layer_of(name: str) -> int:
+    """Index of the layer that a tensor of theirs belongs to; -1 for none."""
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(match[1]) if match else -1
+
+
 def parameter_shapes(config: MoEConfig) -> dict[str, tuple[int, ...]]:
-    """Name and whole shape of every parameter of the model."""
+    """Name and whole shape of all that a model's files hold: parameters, and routers' biases."""
     from fivefold.moe.model import MoEForCausalLM
 
     with torch.device("meta"):
         model = MoEForCausalLM(config)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return {name: tuple(tensor.shape) for name, tensor in saved_tensors(model).items()}
+
+
+def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a model's files hold: its parameters, and its routers' biases."""
+    biases = {name: b for name, b in model.named_buffers() if name.endswith(".router.bias")}
+    return {**dict(model.named_parameters()), **biases}
 
 
 def _listed(names: list[str], most: int = 4) -> str:

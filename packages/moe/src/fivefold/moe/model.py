@@ -1,4 +1,4 @@
-"""A mixture-of-experts language model of the Mixtral family (arXiv 2401.04088), on one device.
+"""A mixture-of-experts language model of the families in ``families``, on one device.
 
 Legend: B sequences, S tokens of a sequence here, H hidden width, V vocabulary.
 """
@@ -16,6 +16,7 @@ from fivefold.moe.errors import MoEInputError
 from fivefold.moe.generate import generate
 from fivefold.moe.layer import MoELayer
 from fivefold.moe.loss import TokenLoss
+from fivefold.moe.mlp import GatedMLP
 from fivefold.moe.norm import RMSNorm
 from fivefold.moe.pretrained import Pretrained
 from fivefold.moe.rotary import Positions, Rotary
@@ -24,14 +25,22 @@ from fivefold.parallel_core.losses import SideOutputs
 
 
 class DecoderLayer(nn.Module):
-    """Attention and a mixture of experts, each behind a norm and added to its input."""
+    """Attention and a mixture of experts, each behind a norm and added to its input.
+
+    ``mlp`` is one network for all tokens where the configuration says that the layer is dense.
+    """
+
+    mlp: MoELayer | GatedMLP
 
     def __init__(self, config: MoEConfig, layer: int, side: SideOutputs):
         super().__init__()
         self.input_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.attention = Attention(config)
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = MoELayer(config, layer, side)
+        if layer in config.dense_layers:
+            self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
+        else:
+            self.mlp = MoELayer(config, layer, side)
 
     def forward(
         self,
@@ -131,7 +140,7 @@ class MoEForCausalLM(Pretrained):
             x = self.embed_tokens(x)
         start = 0 if cache is None else cache.length
         theta = self.config.rope_theta
-        rotate = Rotary(self.positions, start, self.config.head_dim, theta, documents)
+        rotate = Rotary(self.positions, start, self.config.rotary_dim, theta, documents)
         for name, layer in self.layers.items():
             x = layer(x, rotate, None if cache is None else cache.layer(name), documents)
         if self.norm is not None:

@@ -1,6 +1,6 @@
 """Rotary position embedding: rotates pairs of a head's values by an angle of the position.
 
-Legend: B sequences, S positions here, D width of a head.
+Legend: B sequences, S positions here, D width of a head, R width of its part that is rotated.
 """
 
 import torch
@@ -28,7 +28,7 @@ class Rotary:
     Args:
         positions: gives the positions of the tokens here.
         start: position of the first token, above 0 with a cache.
-        head_dim: D.
+        rotary_dim: R.
         theta: base of the wavelengths.
         documents: packed in each sequence; positions count from the start of each.
     """
@@ -37,13 +37,13 @@ class Rotary:
         self,
         positions: nn.Module,
         start: int,
-        head_dim: int,
+        rotary_dim: int,
         theta: float,
         documents: Documents | None = None,
     ):
         self.positions = positions
         self.start = start
-        self.head_dim = head_dim
+        self.rotary_dim = rotary_dim
         self.theta = theta
         self.documents = documents
         self._tables: tuple[Tensor, Tensor] | None = None
@@ -55,17 +55,17 @@ class Rotary:
         return rotary(x_bshd, *self._tables)
 
     def _compute(self, x_bshd: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (S, D/2), from float32 angles as transformers has.
+        """Cosines and sines (S, R/2), from float32 angles as transformers has.
 
-        With packed documents every sequence has its own, (B, S, D/2).
+        With packed documents every sequence has its own, (B, S, R/2).
         """
         positions = self.positions(x_bshd.shape[1], x_bshd.device) + self.start
         if self.documents is not None:
             positions = self.documents.positions(positions)
         # On the CPU whatever the device: models were trained with these very float32 values, and
         # another device's power function differs in the last bit.
-        steps = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device="cpu")
-        frequencies = 1.0 / self.theta ** (steps / self.head_dim)
+        steps = torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device="cpu")
+        frequencies = 1.0 / self.theta ** (steps / self.rotary_dim)
         angles = positions[..., None].float() * frequencies.to(x_bshd.device)
         dtype = torch.promote_types(x_bshd.dtype, torch.float32)
         return angles.cos().to(dtype), angles.sin().to(dtype)

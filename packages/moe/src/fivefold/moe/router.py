@@ -4,35 +4,57 @@ Legend: B sequences, S tokens of a sequence here, N = B * S, E experts, K expert
 H hidden width.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+from fivefold.moe.replay import RoutingRecord
+from fivefold.moe.routing import RouterConfig, choose, score, weigh
 from fivefold.parallel_core.losses import SideOutputs
 
 
 class Router(nn.Module):
-    """Softmax over all experts, the ``num_experts_per_token`` best, weights scaled to sum to 1.
+    """Scores every expert for every token, and gives each token the best ones and their weights.
 
-    Scores are computed in float32 or wider. Of equally probable experts the one with the lower
-    index is chosen.
+    Of equally good experts the one with the lower index is chosen.
 
     In training it adds to ``side``, as sums over what this rank holds:
 
-    - ``aux_loss``: ``aux_loss_coef * E / (K * L**2) * sum_e(count_e * sum_t(prob_te))`` for every
-      sequence of L tokens (Switch Transformer, arXiv 2101.03961, equations 4 to 6, per
-      sequence). A balanced routing gives ``aux_loss_coef`` per sequence and layer. Counts and L
-      are of the whole sequence, the probabilities are this rank's.
+    - ``aux_loss``: ``aux_loss_coef * E / (K * L**2) * sum_e(count_e * sum_t(share_te))`` for every
+      sequence of L tokens (Switch Transformer, arXiv 2101.03961, equations 4 to 6, per sequence),
+      where a token's shares are its scores scaled to sum to 1 (DeepSeek-V3, 2412.19437, equations
+      17 to 20). A balanced routing gives ``aux_loss_coef`` per sequence and layer. Counts and L
+      are of the whole sequence, the shares are this rank's.
+    - ``global_loss``: the same with the counts of all sequences of the global batch of the step
+      before (2501.11873, with counts that need no waiting for the other microbatches and so do not
+      depend on how many there are), and nothing in the first step.
     - ``z_loss``: ``z_loss_coef / L * sum_t(logsumexp(logits_t)**2)`` (ST-MoE, arXiv 2202.08906,
       equation 5).
-    - ``load.<layer>``: tokens per expert (E,).
+    - ``load.<layer>``: tokens per expert (E,), which ``after_step`` wants back, summed over the
+      ranks.
 
-    ``initializer_range`` is the standard deviation of the first weights.
+    Args:
+        num_experts: E.
+        hidden_size: H.
+        num_experts_per_token: K.
+        side: where losses and counts go.
+        layer: index under which the load is counted.
+        config: how experts are chosen.
+        initializer_range: standard deviation of the first weights.
 
     Attributes:
         weight: (E, H).
+        bias: what is added to the scores for the choice, float32 (E,); None without.
+        previous_load: share of each expert in the step before, float32 (E,), 0 in the first; None
+            where no loss needs it.
         sequence_total: seam. Identity where a rank holds whole sequences; a style that splits
             sequences swaps it for a sum over the ranks that share one. Integers (B, E + 1).
+        record: where the choices are written down or taken from; None for neither.
     """
+
+    bias: Tensor | None
+    previous_load: Tensor | None
 
     def __init__(
         self,
@@ -41,65 +63,116 @@ class Router(nn.Module):
         num_experts_per_token: int,
         side: SideOutputs,
         layer: int = 0,
-        aux_loss_coef: float = 0.0,
-        z_loss_coef: float = 0.0,
+        config: RouterConfig | None = None,
         initializer_range: float = 0.02,
     ):
         super().__init__()
+        self.config = RouterConfig() if config is None else config
+        self.config.check(num_experts, num_experts_per_token)
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.num_experts_per_token = num_experts_per_token
         self.side = side
         self.layer = layer
-        self.aux_loss_coef = aux_loss_coef
-        self.z_loss_coef = z_loss_coef
         self.sequence_total: nn.Module = nn.Identity()
+        self.record: RoutingRecord | None = None
         self.initializer_range = initializer_range
+        zeros = torch.zeros(num_experts, dtype=torch.float32)
+        self.register_buffer("bias", zeros if self.config.expert_bias else None)
+        needed = self.config.global_loss_coef > 0
+        self.register_buffer("previous_load", zeros.clone() if needed else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the weights anew, with torch's global generator; nothing happens on meta."""
         nn.init.normal_(self.weight, std=self.initializer_range)
+        for buffer in (self.bias, self.previous_load):
+            if buffer is not None:
+                nn.init.zeros_(buffer)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
+        # A step of the bias is far below what narrower types tell apart.
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, kept in before.items():
+            after = self.get_buffer(name)
+            if after.dtype != kept.dtype:
+                setattr(self, name, kept.to(after.device))
+        return self
 
     def forward(self, x_bsh: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states (B, S, H) to gate weights (N, K), in x's dtype, and experts (N, K)."""
-        dtype = torch.promote_types(x_bsh.dtype, torch.float32)
-        logits_bse = x_bsh.to(dtype) @ self.weight.to(dtype).T
-        probs_bse = logits_bse.softmax(dim=-1)
-        # A stable sort rather than topk, which leaves the order of equal values open.
-        order_bse = probs_bse.detach().sort(dim=-1, descending=True, stable=True).indices
-        experts_bsk = order_bse[..., : self.num_experts_per_token]
-        weights_bsk = probs_bse.gather(-1, experts_bsk)
-        weights_bsk = weights_bsk / weights_bsk.sum(dim=-1, keepdim=True)
+        logits_bse = self._logits(x_bsh)
+        scores_bse = score(logits_bse, self.config)
+        experts_bsk = choose(scores_bse, self.bias, self.config, self.num_experts_per_token)
+        if self.record is not None:
+            experts_bsk = self.record.pass_through(self.layer, experts_bsk)
+        weights_bsk = weigh(scores_bse, experts_bsk, self.config)
         if self.training:
-            weights_bsk = self._add_side_outputs(logits_bse, probs_bse, experts_bsk, weights_bsk)
+            weights_bsk = self._add_side_outputs(logits_bse, scores_bse, experts_bsk, weights_bsk)
         return weights_bsk.to(x_bsh.dtype).flatten(0, 1), experts_bsk.flatten(0, 1)
 
+    @torch.no_grad()
+    def after_step(self, load_e: Tensor) -> None:
+        """Learn from the load of a whole step: move the bias, and keep the shares.
+
+        The bias of an expert with less than its share of the tokens rises by ``bias_rate``, with
+        more it falls (arXiv 2408.15664, algorithm 1).
+
+        Args:
+            load_e: ``load.<layer>`` summed over all microbatches and ranks (E,).
+        """
+        if self.bias is not None:
+            lack_e = load_e.mean() - load_e
+            self.bias += self.config.bias_rate * lack_e.sign().to(self.bias)
+        if self.previous_load is not None:
+            self.previous_load.copy_(load_e / load_e.sum())
+
+    def _logits(self, x_bsh: Tensor) -> Tensor:
+        dtype = torch.promote_types(x_bsh.dtype, getattr(torch, self.config.dtype))
+        x_bsh = x_bsh.to(dtype)
+        if self.training and self.config.jitter > 0:
+            noise = torch.empty_like(x_bsh).uniform_(-self.config.jitter, self.config.jitter)
+            x_bsh = x_bsh * (1 + noise)
+        return x_bsh @ self.weight.to(dtype).T
+
     def _add_side_outputs(
-        self, logits_bse: Tensor, probs_bse: Tensor, experts_bsk: Tensor, weights_bsk: Tensor
+        self, logits_bse: Tensor, scores_bse: Tensor, experts_bsk: Tensor, weights_bsk: Tensor
     ) -> Tensor:
         """Count the load and tie the losses to the weights, which every token's output uses."""
-        counts_be = _count(experts_bsk.flatten(1), probs_bse.shape[-1])
+        counts_be = _count(experts_bsk.flatten(1), scores_bse.shape[-1])
         self.side.count(f"load.{self.layer}", counts_be.sum(dim=0))
-        if self.aux_loss_coef == 0 and self.z_loss_coef == 0:
-            return weights_bsk
-        length_b1 = torch.full_like(counts_be[:, :1], probs_bse.shape[1])
-        totals = self.sequence_total(torch.cat((counts_be, length_b1), dim=1))
-        total_be, length_b1 = totals[:, :-1], totals[:, -1:]
-        if self.aux_loss_coef > 0:
-            aux = self._balance_loss(probs_bse, total_be, length_b1)
-            weights_bsk = self.side.loss("aux_loss", aux, weights_bsk)
-        if self.z_loss_coef > 0:
-            squares_bs = logits_bse.logsumexp(dim=-1).square()
-            z = self.z_loss_coef * (squares_bs / length_b1).sum()
-            weights_bsk = self.side.loss("z_loss", z, weights_bsk)
+        for name, loss in self._losses(logits_bse, scores_bse, counts_be).items():
+            weights_bsk = self.side.loss(name, loss, weights_bsk)
         return weights_bsk
 
-    def _balance_loss(self, probs_bse: Tensor, total_be: Tensor, length_b1: Tensor) -> Tensor:
-        """This rank's part of the balance loss, from the counts of whole sequences."""
-        num_experts = probs_bse.shape[-1]
-        length_b1 = length_b1.to(probs_bse.dtype)
-        scale_b1 = num_experts / (self.num_experts_per_token * length_b1.square())
-        return self.aux_loss_coef * (scale_b1 * total_be * probs_bse.sum(dim=1)).sum()
+    def _losses(
+        self, logits_bse: Tensor, scores_bse: Tensor, counts_be: Tensor
+    ) -> dict[str, Tensor]:
+        """This rank's part of the losses that the configuration asks for."""
+        config, losses = self.config, {}
+        if not (config.aux_loss_coef or config.global_loss_coef or config.z_loss_coef):
+            return losses
+        length_b1 = torch.full_like(counts_be[:, :1], scores_bse.shape[1])
+        totals = self.sequence_total(torch.cat((counts_be, length_b1), dim=1))
+        total_be, length_b1 = totals[:, :-1], totals[:, -1:].to(scores_bse.dtype)
+        if config.aux_loss_coef > 0:
+            shares_be = total_be / (length_b1 * self.num_experts_per_token)
+            aux = self._balance_loss(scores_bse, shares_be, length_b1)
+            losses["aux_loss"] = config.aux_loss_coef * aux
+        if self.previous_load is not None:
+            shares_e = self.previous_load.to(scores_bse.dtype)
+            balance = self._balance_loss(scores_bse, shares_e, length_b1)
+            losses["global_loss"] = config.global_loss_coef * balance
+        if config.z_loss_coef > 0:
+            squares_bs = logits_bse.logsumexp(dim=-1).square()
+            losses["z_loss"] = config.z_loss_coef * (squares_bs / length_b1).sum()
+        return losses
+
+    def _balance_loss(self, scores_bse: Tensor, load: Tensor, length_b1: Tensor) -> Tensor:
+        """E times the sum over experts of their share of the load and of the scores."""
+        if self.config.score == "sigmoid":
+            scores_bse = scores_bse / (scores_bse.sum(dim=-1, keepdim=True) + 1e-20)
+        return (scores_bse.shape[-1] / length_b1 * load * scores_bse.sum(dim=1)).sum()
 
 
 def _count(experts_bn: Tensor, num_experts: int) -> Tensor:

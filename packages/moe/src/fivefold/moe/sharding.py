@@ -4,17 +4,20 @@ Attention is split over (tp, cp, dp, pp), experts over (etp, ep, edp, pp). Betwe
 sequence is split over tp and cp (sequence parallelism), so each rank's tokens are its own.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
+from fivefold.moe.capacity import WholeSequences
 from fivefold.moe.config import MoEConfig
+from fivefold.moe.dispatch import TokenDispatcher
+from fivefold.moe.dispatchers import DispatchConfig, dispatcher_for
 from fivefold.moe.errors import MoEConfigError
 from fivefold.moe.experts import Experts
-from fivefold.moe.folded import folded_dispatcher
+from fivefold.moe.split_sequences import SplitSequences
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.parameters import ParameterTable, Placement
-from fivefold.parallel_core.sequence_split import ContextConfig, check_split
+from fivefold.parallel_core.sequence_split import ContextConfig, Split, check_split
 from fivefold.parallel_core.styles import (
     ColumnParallel,
     ContextPositions,
@@ -51,24 +54,58 @@ class ExpertParallel(Style):
 
 
 @dataclass(frozen=True)
-class FoldedDispatch(Style):
-    """The dispatcher that sends token copies to the experts' ranks."""
+class Dispatch(Style):
+    """The dispatcher that brings tokens to the experts' ranks.
+
+    Attributes:
+        config: which one.
+    """
+
+    config: DispatchConfig = field(default_factory=DispatchConfig)
 
     def apply(self, module: nn.Module, name: str, table: ParameterTable) -> nn.Module:
-        """Swap the dispatcher."""
-        return folded_dispatcher(module, table.topology)
+        """Swap the dispatcher; the given one stays where every expert is whole on this rank."""
+        self._expect(module, name, TokenDispatcher)
+        if table.topology.size("etp-ep") == 1 or not isinstance(module, TokenDispatcher):
+            return module
+        return dispatcher_for(self.config, module.num_experts, table.topology)
 
 
-def plan(config: MoEConfig, context: ContextConfig | None = None) -> Plan:
+@dataclass(frozen=True)
+class AskSharers(Style):
+    """Whole sequences for dropping where ranks hold parts of them.
+
+    Attributes:
+        split: which positions a rank of "cp" holds.
+    """
+
+    split: Split
+
+    def apply(self, module: nn.Module, name: str, table: ParameterTable) -> nn.Module:
+        """Swap the seam."""
+        self._expect(module, name, WholeSequences)
+        if table.topology.size("tp-cp") == 1:
+            return module
+        return SplitSequences(table.topology, self.split)
+
+
+def plan(
+    config: MoEConfig,
+    context: ContextConfig | None = None,
+    dispatch: DispatchConfig | None = None,
+) -> Plan:
     """The plan of a mixture-of-experts decoder.
 
     Args:
         config: the model's.
         context: how attention crosses a split sequence.
+        dispatch: how tokens come to their experts.
     """
     context = ContextConfig() if context is None else context
     key_heads = dict.fromkeys(("k_proj", "v_proj"), config.num_key_value_heads)
+    dispatch = DispatchConfig() if dispatch is None else dispatch
     return {
+        **_optional(config),
         "embed_tokens": VocabParallel(),
         "positions": ContextPositions(context.split),
         "layers.*.input_norm": Replicate(),
@@ -78,12 +115,28 @@ def plan(config: MoEConfig, context: ContextConfig | None = None) -> Plan:
         "layers.*.mlp_norm": Replicate(),
         "layers.*.mlp.router": Replicate(),
         "layers.*.mlp.router.sequence_total": SumOver("tp-cp"),
-        "layers.*.mlp.dispatcher": FoldedDispatch(),
+        "layers.*.mlp.capacity.sequences": AskSharers(context.split),
+        "layers.*.mlp.dispatcher": Dispatch(dispatch),
         "layers.*.mlp.experts": ExpertParallel(),
         "norm": Replicate(),
         "lm_head": VocabParallel(),
         "loss": VocabParallelLoss(config.vocab_size),
     }
+
+
+def _optional(config: MoEConfig) -> Plan:
+    """The plan of what some models have."""
+    parts: dict[str, Style] = {}
+    networks = ["layers.*.mlp"] * bool(config.dense_layers)
+    networks += ["layers.*.mlp.shared"] * bool(config.shared_intermediate_size)
+    for network in networks:
+        parts[f"{network}.gate_up"] = ColumnParallel()
+        parts[f"{network}.down"] = RowParallel()
+    if config.shared_gate:
+        parts["layers.*.mlp.shared_gate"] = Replicate()
+    if config.qk_norm:
+        parts |= {f"layers.*.attention.{name}_norm": Replicate() for name in "qk"}
+    return parts
 
 
 def check(
@@ -103,6 +156,8 @@ def check(
         ("num_attention_heads", config.num_attention_heads, "tp", layout.tp),
         ("num_experts", config.num_experts, "ep", layout.ep),
         ("expert_intermediate_size", config.expert_intermediate_size, "etp", layout.etp),
+        ("shared_intermediate_size", config.shared_intermediate_size, "tp", layout.tp),
+        ("intermediate_size", config.intermediate_size, "tp", layout.tp),
     ]
     if sequence_length is not None:
         sizes.append(("sequence_length", sequence_length, "tp*cp", layout.tp * layout.cp))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fivefold.moe import sharding
 from fivefold.moe.config import MoEConfig
+from fivefold.moe.dispatchers import DispatchConfig
 from fivefold.moe.model import MoEForCausalLM
 from fivefold.parallel_core.build import ParallelModel, build, make_runner
 from fivefold.parallel_core.checkpoint import Checkpoints
@@ -31,6 +32,13 @@ from fivefold.parallel_core.training.tokens import TokenDataset, prepare
 CHECKPOINTS = "checkpoints"
 RUN_FILE = "run.json"
 TOKENIZER = "tokenizer"
+_OF_TRAINING = {
+    "initializer_range",
+    "max_position_embeddings",
+    "capacity",
+    *(f"router.{loss}_loss_coef" for loss in ("aux", "global", "z")),
+    *(f"router.{name}" for name in ("bias_rate", "jitter")),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +95,7 @@ class RunConfig(Config):
     model: MoEConfig
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     context: ContextConfig = field(default_factory=ContextConfig)
+    dispatch: DispatchConfig = field(default_factory=DispatchConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig
 
@@ -187,7 +196,7 @@ def build_model(config: RunConfig, topology: Topology) -> ParallelModel:
     model = build(
         lambda: MoEForCausalLM(config.model),
         topology,
-        sharding.plan(config.model, config.context),
+        sharding.plan(config.model, config.context, config.dispatch),
         head=sharding.HEAD,
         tail=sharding.TAIL,
         pipeline=config.training.pipeline,
@@ -258,9 +267,10 @@ def make_trainer(config: RunConfig, topology: Topology, folder: Path | None) -> 
 
 
 def _model_identity(config: MoEConfig) -> dict[str, Any]:
-    """What makes it the same model: all but how it is initialised and which losses are added."""
-    free = {"initializer_range", "aux_loss_coef", "z_loss_coef", "max_position_embeddings"}
-    return {f"model.{k}": v for k, v in config.to_dict().items() if k not in free}
+    """What makes it the same model: all but how it is initialised and how it is trained."""
+    plain = config.to_dict()
+    plain |= {f"router.{key}": value for key, value in plain.pop("router").items()}
+    return {f"model.{key}": value for key, value in plain.items() if key not in _OF_TRAINING}
 
 
 def _heldout(

@@ -122,6 +122,8 @@ def exchange_rows(
     x: Tensor, output_splits: Sequence[int], input_splits: Sequence[int], axis: Axis
 ) -> Tensor:
     """All-to-all of rows: ``input_splits[r]`` rows go to rank r, ``output_splits[r]`` come."""
+    if axis.group is None:
+        return x.detach()
     x = x.detach().contiguous()
     out = x.new_empty((sum(output_splits), *x.shape[1:]))
     with labelled(axis.name):
