@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fivefold.moe import MoEConfig, MoEForCausalLM, sharding
+from fivefold.moe.dispatchers import DispatchConfig
 from fivefold.moe.routing import RouterConfig
 from fivefold.parallel_core.build import ParallelModel, build, make_runner
 from fivefold.parallel_core.context import take_held
@@ -23,12 +25,13 @@ from fivefold.parallel_core.pipeline_config import PipelineConfig
 from fivefold.parallel_core.sequence_split import ContextConfig
 from fivefold.parallel_core.topology import Topology
 from fivefold.parallel_core.training.optimizer import AdamWConfig, ShardedAdamW
+from fivefold.parallel_core.training.totals import Totals
 
 SEED, BATCH, LENGTH, STEPS = 7, 8, 16, 3
 CLIP, LEARNING_RATE = 0.5, 1e-2
 ADAMW = AdamWConfig()
 DOUBLE = Precision(parameters="float64", compute="float64")
-LOSSES = ("aux_loss", "z_loss")
+LOSSES = ("aux_loss", "global_loss", "z_loss")
 
 # The vocabulary divides by no axis, and there are fewer key heads than query heads.
 MODEL = MoEConfig(
@@ -59,6 +62,7 @@ class Case:
         recompute: what backward recomputes.
         context: form of attention and split of sequences over "cp".
         packed: several documents in each sequence.
+        dispatch: how tokens come to their experts.
     """
 
     degrees: tuple[tuple[str, int | str], ...]
@@ -70,11 +74,11 @@ class Case:
     recompute: str = "none"
     context: ContextConfig = ContextConfig()  # noqa: RUF009
     packed: bool = False
+    dispatch: DispatchConfig = DispatchConfig()  # noqa: RUF009
 
     def __str__(self) -> str:
         words = [f"{name}={degree}" for name, degree in self.degrees] or ["data"]
-        default = MODEL.to_dict()
-        words += [f"{k}={v}" for k, v in self.model.to_dict().items() if v != default[k]]
+        words += _differences(self.model.to_dict(), MODEL.to_dict())
         words += [f"{self.stages_per_rank} stages"] * (self.stages_per_rank > 1)
         words += [f"microbatch={self.microbatch_size}"] * (self.microbatch_size != 2)
         words += [self.precision.compute] * (self.precision.compute != "float64")
@@ -82,9 +86,21 @@ class Case:
         words += [f"{self.context.attention} {self.context.split}"] * (
             self.context != ContextConfig()
         )
+        words += [self.dispatch.dispatcher] * (self.dispatch != DispatchConfig())
         words += [f"recompute {self.recompute}"] * (self.recompute != "none")
         words += ["packed"] * self.packed
         return " ".join(words)
+
+
+def _differences(found: Mapping[str, Any], default: Mapping[str, Any]) -> list[str]:
+    """What differs, in words; tables inside tables too."""
+    words = []
+    for key, value in found.items():
+        if isinstance(value, dict):
+            words += _differences(value, default[key])
+        elif value != default[key]:
+            words.append(f"{key}={value}")
+    return words
 
 
 @dataclass(kw_only=True)
@@ -149,9 +165,11 @@ def plain_run(config: MoEConfig, packed: bool = False) -> Record:
         optimizer.step()
         optimizer.zero_grad()
         totals = model.side.drain()
-        side = {name: totals[name].item() / BATCH for name in LOSSES}
+        model.after_step(totals)
+        side = {name: totals[name].item() / BATCH for name in LOSSES if name in totals}
         record.note(step, loss.item(), norm.item(), side)
-    record.parameters = {name: p.detach().clone() for name, p in parameters.items()}
+    kept = (*parameters.items(), *model.named_buffers())
+    record.parameters = {name: value.detach().clone() for name, value in kept}
     return record
 
 
@@ -176,6 +194,7 @@ class Job:
     def run(self) -> Record:
         """The same training as ``plain_run``; tensors are this rank's pieces."""
         record, count = Record(), num_valid(batch(self.case.model.vocab_size)[1])
+        sums = Totals(self.topology.world)
         self.model.train()
         for step in range(STEPS):
             self.model.weigh_side_losses(1 / BATCH)
@@ -192,10 +211,12 @@ class Job:
             self.optimizer.step(LEARNING_RATE)
             # The token loss is the same on all tensor ranks; side losses are each rank's own.
             once = loss if self.topology.rank("tp") == 0 else 0.0
-            totals = self.model.drain_side_outputs()
-            side = {n: world_sum(float(totals.get(n, 0.0))) / BATCH for n in LOSSES}
+            totals = sums.sum(self.model.drain_side_outputs())
+            self.model.after_step(totals)
+            side = {name: totals[name].item() / BATCH for name in LOSSES if name in totals}
             record.note(step, world_sum(once) / count, norm.item(), side)
-        record.parameters = {piece.name: piece.tensor.clone() for piece in self.pieces}
+        kept = (*self.pieces, *self.model.buffers())
+        record.parameters = {piece.name: piece.tensor.clone() for piece in kept}
         return record
 
 
@@ -217,7 +238,7 @@ def make_job(case: Case) -> Job:
     model = build(
         lambda: MoEForCausalLM(config),
         topology,
-        sharding.plan(config, case.context),
+        sharding.plan(config, case.context, case.dispatch),
         head=sharding.HEAD,
         tail=sharding.TAIL,
         pipeline=pipeline,
@@ -246,10 +267,11 @@ def make_job(case: Case) -> Job:
 def distances(job: Job, run: Record, expected: Record) -> Iterator[tuple[str, float]]:
     """Relative distance of every scalar and of every tensor on this rank from the reference."""
     for name, value in expected.scalars.items():
-        yield name, abs(run.scalars[name] - value) / abs(value)
+        yield name, abs(run.scalars[name] - value) / (abs(value) or 1.0)
     for kind in ("gradients", "parameters"):
         found, wholes = getattr(run, kind), getattr(expected, kind)
-        for piece in job.pieces:
+        buffers = job.model.buffers() if kind == "parameters" else []
+        for piece in (*job.pieces, *buffers):
             if piece.box.numel:
                 whole = wholes[piece.name]
                 error = (found[piece.name] - whole[piece.box.slices]).abs().max()

@@ -30,10 +30,10 @@ num_key_value_heads = 2
 expert_intermediate_size = 16
 num_experts = 8
 num_experts_per_token = 2
+initializer_range = 0.1
 
 [model.router]
 z_loss_coef = 0.001
-initializer_range = 0.1
 
 [layout]
 tp = 2

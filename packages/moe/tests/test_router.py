@@ -141,6 +141,69 @@ def test_parts_of_a_sequence_sum_to_the_whole() -> None:
     torch.testing.assert_close(module.weight.grad, grad, rtol=1e-11, atol=1e-14)
 
 
+def test_the_bias_moves_towards_balance_and_only_chooses() -> None:
+    module, side = router(k=2, expert_bias=True, bias_rate=0.02, score="sigmoid")
+    x = hidden()
+    before, _ = module(x)
+    load = side.drain()["load.3"]
+    module.after_step(load)
+    lack = load.double().mean() - load
+    assert module.bias is not None and module.bias.dtype == torch.float32
+    assert torch.equal(module.bias, 0.02 * lack.sign().float()) and module.bias.any()
+    for _ in range(40):
+        module(x)
+        module.after_step(side.drain()["load.3"])
+    module(x)
+    even = side.drain()["load.3"]
+    assert even.max() - even.min() < load.max() - load.min()
+    weights, experts = module(x)
+    scores = (x.flatten(0, 1) @ module.weight.T).sigmoid().gather(1, experts)
+    torch.testing.assert_close(weights, scores / scores.sum(1, keepdim=True))
+    assert not torch.equal(before, weights)
+
+
+def test_global_loss_uses_the_load_of_the_step_before() -> None:
+    module, side = router(k=2, global_loss_coef=0.3)
+    x, y = hidden(), hidden(2, 5)
+    module(x)
+    first = side.drain()
+    assert float(first["global_loss"]) == 0
+    module.after_step(first["load.3"])
+    weights, _ = module(y)
+    shares = first["load.3"].double() / (21 * 2)
+    wanted = 0.3 * 5 * (shares * (y @ module.weight.T).softmax(-1).sum(1) / 5).sum()
+    torch.testing.assert_close(side.totals["global_loss"], wanted.detach(), rtol=1e-6, atol=0)
+    (weights * 0).sum().backward()
+    grad = torch.autograd.grad(wanted, module.weight)[0]
+    torch.testing.assert_close(module.weight.grad, grad, rtol=1e-6, atol=1e-9)
+
+
+def test_shares_of_sigmoids_sum_to_one_in_the_balance_loss() -> None:
+    module, side = router(num_experts=8, k=2, aux_loss_coef=0.7, score="sigmoid")
+    with torch.no_grad():
+        module.weight.copy_(torch.eye(8) * 3)
+    pairs = torch.eye(8).double() + torch.eye(8).double().roll(1, 0) * 0.5
+    module(pairs.repeat(2, 1, 1))
+    assert float(side.totals["aux_loss"]) == pytest.approx(2 * 0.7, rel=1e-12)
+
+
+def test_jitter_is_noise_of_training() -> None:
+    module, _ = router(jitter=0.5)
+    x = hidden()
+    noisy, plain = module(x)[0], module.eval()(x)[0]
+    assert not torch.equal(noisy, plain) and torch.equal(module(x)[0], plain)
+
+
+def test_scores_in_float64_on_request() -> None:
+    module, _ = router(dtype="float64")
+    x = hidden().float()
+    _, experts = module.float()(x)
+    probs = (x.flatten(0, 1).double() @ module.weight.double().T).softmax(-1)
+    assert torch.equal(experts, probs.topk(2).indices)
+    weights = module(x)[0]
+    assert weights.dtype == torch.float32
+
+
 def test_load_counts_tokens_per_expert() -> None:
     module, side = router()
     _, experts = module(hidden())

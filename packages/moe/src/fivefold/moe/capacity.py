@@ -1,8 +1,8 @@
 """How many tokens an expert takes, and which of too many it keeps.
 
-With a capacity, no expert of a rank gets more rows than a known number, whatever the router says: the
-busiest rank then bounds neither time nor memory. The copies beyond it are dropped: the token goes on
-without that expert (GShard, arXiv 2006.16668, section 2.2; 2504.14960, section 3.3).
+With a capacity, no expert of a rank gets more rows than a known number, whatever the router says:
+the busiest rank then bounds neither time nor memory. The copies beyond it are dropped: the token
+goes on without that expert (GShard, arXiv 2006.16668, section 2.2; 2504.14960, section 3.3).
 
 Legend: B sequences, S tokens of a sequence here, L tokens of a whole sequence, K experts per token,
 E experts.

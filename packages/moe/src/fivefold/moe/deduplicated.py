@@ -1,8 +1,9 @@
 """Expert parallelism that sends a token once to each rank, however many of its experts are there.
 
 With K experts per token on P ranks a token's experts lie on fewer than K ranks: on
-``P * (1 - (1 - 1/P)**K)`` of them on average where they are spread evenly, 5.25 for K = P = 8. Copies
-for the experts are made, weighed and summed where the experts are, so the way back is as short.
+``P * (1 - (1 - 1/P)**K)`` of them on average where they are spread evenly, 5.25 for K = P = 8.
+Copies for the experts are made, weighed and summed where the experts are, so the way back is as
+short.
 
 Legend: N tokens here, U rows that are sent from or arrive at this rank, K experts per token,
 H hidden width, P ranks of "ep", T ranks of "etp", L experts of this rank.

@@ -55,7 +55,7 @@ class TokenDispatcher(nn.Module):
 
         Returns:
             Rows sorted by expert and, within one, by token; rows of each expert (E,); and the state
-            that ``combine`` needs. There may be more rows, of zeros, behind those of the last expert.
+            that ``combine`` needs. More rows, of zeros, may come behind those of the last expert.
         """
         routing, counts_e = group_by_expert(experts_nk, self.num_experts, kept_nk, pad_to)
         return copy_to_rows(tokens_nh, routing, experts_nk.shape[1]), counts_e, routing

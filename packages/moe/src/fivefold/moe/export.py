@@ -35,7 +35,8 @@ def load_run_model(
         model = MoEForCausalLM(config.model).to(config.training.precision.storage_dtype)
     model.to_empty(device="cpu")
     model.tie_weights()
-    pieces = ParameterTable.of(model).pieces(model)
+    table = ParameterTable.of(model)
+    pieces = [*table.pieces(model), *table.buffers(model)]
     parts = {f"model.{p.name}": TensorPart(p.tensor, p.box, p.shape) for p in pieces}
     load_parts(path, parts)
     if dtype is not None:

@@ -104,7 +104,8 @@ def check_family(config: "MoEConfig") -> None:
         MoEConfigError: names the value, what the family has, and the families that could.
     """
     family = FAMILIES[config.model_type]
-    wanted = {key: value for key, value in _PLAIN.items() if key not in family.free} | family.fixed
+    wanted = {key: value for key, value in _PLAIN.items() if key not in family.free}
+    wanted.update(family.fixed)
     for key, value in wanted.items():
         found = _get(config, key)
         if found != value:

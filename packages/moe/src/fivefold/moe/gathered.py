@@ -1,9 +1,9 @@
 """Expert parallelism without an exchange of rows: every rank sees all tokens.
 
 All ranks that share the experts gather each other's tokens, run those of their own experts and sum
-the results. More is sent than a dispatch of the copies would, ``P*T - 1`` rows a token instead of at
-most K there, but in one large message of a size known before the routing: for many experts per token
-on few ranks.
+the results. More is sent than a dispatch of the copies would, a row of each token to every rank
+instead of K rows, but in one large message of a size known before the routing: for many experts per
+token on few ranks.
 
 Legend: N tokens here, R tokens of all the ranks, K experts per token, H hidden width.
 """

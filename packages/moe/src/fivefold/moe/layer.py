@@ -96,8 +96,8 @@ class MoELayer(nn.Module):
         shape = (*x_bsh.shape[:2], -1)
         kept_bsk = self.capacity(experts_nk.view(shape), weights_nk.detach().view(shape))
         self.side.count(f"dropped.{self.layer}", (~kept_bsk).sum())
-        rows = self.capacity.most_rows(*x_bsh.shape[:2], experts_nk.shape[1])
-        return kept_bsk.view_as(experts_nk), rows if self.capacity.config.pad else None
+        rows = self.capacity.most_rows(x_bsh.shape[0], x_bsh.shape[1], experts_nk.shape[1])
+        return kept_bsk.reshape(experts_nk.shape), rows if self.capacity.config.pad else None
 
     def _run_shared(self, shared: GatedMLP, x_bsh: Tensor) -> Tensor:
         y_bsh = shared(x_bsh)

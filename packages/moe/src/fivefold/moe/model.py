@@ -177,20 +177,37 @@ class MoEForCausalLM(Pretrained):
         )
 
     def initialisation(self, name: str) -> tuple[str, float]:
-        """How the parameter called ``name`` starts: ("ones", 0) or ("normal", deviation)."""
-        if name.split(".")[-2].endswith("norm"):
+        """How the parameter or buffer called ``name`` starts: a kind, and a deviation.
+
+        Kinds are "ones", "zeros" and "normal".
+        """
+        *_, module, last = name.split(".")
+        if module.endswith("norm"):
             return "ones", 0.0
+        if last in ("bias", "previous_load"):
+            return "zeros", 0.0
         return "normal", self.config.initializer_range
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw every parameter that is here anew, with torch's global generator."""
-        for name, parameter in self.named_parameters():
+        """Draw all that is here anew, with torch's global generator."""
+        for name, value in (*self.named_parameters(), *self.named_buffers()):
             kind, deviation = self.initialisation(name)
-            if kind == "ones":
-                parameter.fill_(1.0)
+            if kind == "normal":
+                value.normal_(0.0, deviation)
             else:
-                parameter.normal_(0.0, deviation)
+                value.fill_(kind == "ones")
+
+    def after_step(self, totals: Mapping[str, Tensor]) -> None:
+        """Let the routers here learn from the load of a whole step.
+
+        Args:
+            totals: side outputs of a step, summed over microbatches and ranks.
+        """
+        for name, layer in self.layers.items():
+            load_e = totals.get(f"load.{name}")
+            if load_e is not None and isinstance(layer.mlp, MoELayer):
+                layer.mlp.router.after_step(load_e)
 
     def tie_weights(self) -> None:
         """Make the output layer the embedding again, which moving off the meta device undoes."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fivefold.moe.card import model_card
 from fivefold.moe.config import MoEConfig
 from fivefold.moe.errors import MoEConfigError, MoEInputError, MoEWeightsError
-from fivefold.moe.hf import check_names, hf_sources, parameter_shapes, to_hf
+from fivefold.moe.hf import check_names, hf_sources, parameter_shapes, saved_tensors, to_hf
 from fivefold.parallel_core import hub
 from fivefold.parallel_core.hub.writer import Spec
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from fivefold.parallel_core.parameters import Piece
     from fivefold.parallel_core.topology import Topology
 
+# A buffer that no file has: what a step says to the next one.
+_OF_TRAINING = ".previous_load"
 CONFIG, GENERATION, CARD = "config.json", "generation_config.json", "README.md"
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -91,7 +93,8 @@ class Pretrained(nn.Module):
             model = cls(config).to(dtype)
         model.to_empty(device=torch.get_default_device())
         model.tie_weights()
-        return model, ParameterTable.of(model).pieces(model)
+        table = ParameterTable.of(model)
+        return model, [*table.pieces(model), *table.buffers(model)]
 
     @classmethod
     def _allocate_part(
@@ -110,7 +113,7 @@ class Pretrained(nn.Module):
             dtype=dtype,
         )
         (model,) = built.parts
-        return cast("Self", model), built.pieces()
+        return cast("Self", model), [*built.pieces(), *built.buffers()]
 
     def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "5GB") -> None:
         """Write the model as transformers does: configuration, safetensors, model card.
@@ -124,7 +127,7 @@ class Pretrained(nn.Module):
         Raises:
             MoEWeightsError: this process holds only a part of the model.
         """
-        parameters = dict(self.named_parameters())
+        parameters = saved_tensors(self)
         for name, shape in parameter_shapes(self.config).items():
             held = tuple(parameters[name].shape) if name in parameters else None
             if held != shape:
@@ -245,6 +248,9 @@ def load_parameters(
         CheckpointError: a tensor is missing or of another shape.
     """
     for piece in pieces:
+        if piece.name.endswith(_OF_TRAINING):
+            piece.tensor.zero_()
+            continue
         sources = hf_sources(config, piece.name, piece.shape)
         hub.fill(piece.tensor, piece.box, piece.shape, sources, reader)
 

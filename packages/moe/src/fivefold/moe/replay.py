@@ -1,7 +1,7 @@
 """Writing down which experts tokens chose, and making them choose the same again.
 
-For reinforcement learning, where the policy's forward must route as the sampler did, and for finding
-out what differs between two runs.
+For reinforcement learning, where the policy's forward must route as the sampler did, and for
+finding out what differs between two runs.
 """
 
 from collections import defaultdict

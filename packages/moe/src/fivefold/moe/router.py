@@ -121,6 +121,7 @@ class Router(nn.Module):
         Args:
             load_e: ``load.<layer>`` summed over all microbatches and ranks (E,).
         """
+        load_e = load_e.double()
         if self.bias is not None:
             lack_e = load_e.mean() - load_e
             self.bias += self.config.bias_rate * lack_e.sign().to(self.bias)
@@ -149,7 +150,8 @@ class Router(nn.Module):
         self, logits_bse: Tensor, scores_bse: Tensor, counts_be: Tensor
     ) -> dict[str, Tensor]:
         """This rank's part of the losses that the configuration asks for."""
-        config, losses = self.config, {}
+        config = self.config
+        losses: dict[str, Tensor] = {}
         if not (config.aux_loss_coef or config.global_loss_coef or config.z_loss_coef):
             return losses
         length_b1 = torch.full_like(counts_be[:, :1], scores_bse.shape[1])

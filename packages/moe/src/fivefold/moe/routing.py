@@ -92,8 +92,8 @@ class RouterConfig(Config):
             )
         if self.num_groups > 1 and num_experts == self.num_groups:
             raise MoEConfigError(
-                f"router.num_groups is {self.num_groups}, one for each expert; a group is scored by "
-                "its two best experts, so it needs two"
+                f"router.num_groups is {self.num_groups}, one for each expert; a group is scored "
+                "by its two best experts, so it needs two"
             )
 
 

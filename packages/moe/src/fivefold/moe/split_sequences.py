@@ -1,5 +1,6 @@
-"""Whole sequences where ranks hold parts of them: over "cp" as attention splits them, over "tp" in
-equal pieces of that.
+"""Whole sequences where ranks hold parts of them.
+
+Over "cp" they are split as for attention, over "tp" into equal pieces of that.
 
 Legend: B sequences, S tokens of a sequence here, L tokens of a whole sequence, K values of a token.
 """

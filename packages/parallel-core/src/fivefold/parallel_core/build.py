@@ -52,10 +52,28 @@ class ParallelModel:
         """This rank's pieces of all parameters."""
         return [piece for part in self.parts for piece in self.table.pieces(part)]
 
+    def buffers(self) -> list[Piece]:
+        """What the model keeps beside its parameters; see ``ParameterTable.buffers``."""
+        return [piece for part in self.parts for piece in self.table.buffers(part)]
+
     def initialise(self, rule: Callable[[str], tuple[str, float]], seed: int) -> None:
-        """Draw all parameters, independently of the layout; see ``parameters.initialise``."""
+        """Fill all parameters and buffers, independently of the layout.
+
+        See ``parameters.initialise``.
+        """
         with torch.no_grad():
-            initialise(self.pieces(), rule, seed)
+            initialise([*self.pieces(), *self.buffers()], rule, seed)
+
+    def after_step(self, totals: Mapping[str, Tensor]) -> None:
+        """Tell the parts that have such a method what a step's side outputs were in all.
+
+        Args:
+            totals: of ``drain_side_outputs``, summed over the ranks.
+        """
+        for part in self.parts:
+            method = getattr(part, "after_step", None)
+            if callable(method):
+                method(totals)
 
     def train(self, mode: bool = True) -> None:
         """Set every part's training mode."""

@@ -55,7 +55,7 @@ class Placement:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
-    """What this rank holds of one parameter.
+    """What this rank holds of one parameter, or of a buffer, which has no gradient.
 
     Attributes:
         name: global name.
@@ -68,7 +68,7 @@ class Piece:
     """
 
     name: str
-    parameter: nn.Parameter
+    parameter: Tensor
     box: Box
     placement: Placement
     counted: bool
@@ -246,6 +246,23 @@ class ParameterTable(Mapping[str, Placement]):
             box = Box((0,) * len(shape), (0,) * len(shape))
         counted = local == name and self._is_counted(placement)
         return Piece(name, parameter, box, placement, counted)
+
+    def buffers(self, model: nn.Module) -> list[Piece]:
+        """What ``model`` keeps beside its parameters: its persistent floating-point buffers.
+
+        Every rank that has one holds it whole and changes it as all others do.
+        """
+        found = [
+            (f"{prefix}.{name}" if prefix else name, buffer)
+            for prefix, module in model.named_modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if name not in module._non_persistent_buffers_set and buffer.is_floating_point()
+        ]
+        first = all(self.topology.rank(axis) == 0 for axis in ("tp", "dp-cp"))
+        return [
+            Piece(name, buffer, Box.whole(buffer.shape), Placement(shape=tuple(buffer.shape)), first)
+            for name, buffer in found
+        ]
 
     def _is_counted(self, placement: Placement) -> bool:
         """Whether this rank is the one that counts, of those that hold equal pieces."""

@@ -271,10 +271,10 @@ class Trainer:
         return self.heldout_loss if self._evaluated == self.step else None
 
     def parts(self) -> dict[str, TensorPart]:
-        """All that training changes, by name: parameters and optimizer moments."""
+        """All that training changes, by name: parameters, buffers and optimizer moments."""
         parameters = {
             f"model.{piece.name}": TensorPart(piece.tensor, piece.box, piece.shape)
-            for piece in self.pieces
+            for piece in (*self.pieces, *self.model.buffers())
         }
         return parameters | self.optimizer.parts()
 
@@ -332,6 +332,8 @@ class Trainer:
         stop = bool(sums.pop("stop") > 0)
         if sums.pop("unsaved") > 0:
             self._wait_for_checkpoint()  # raises, on all ranks in the same step
+        if math.isfinite(norm):
+            self.model.after_step(sums)
         seconds = time.perf_counter() - start
         self._tell(
             {
