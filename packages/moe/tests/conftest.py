@@ -19,7 +19,7 @@ from transformers.utils import logging
 from fivefold.moe import MoEConfig, MoEForCausalLM
 from fivefold.moe.cli import main
 from fivefold.moe.hf import from_hf
-from fivefold.moe.routing import RouterConfig
+from fivefold.moe.router_config import RouterConfig
 
 from .runs import write_run
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fivefold.moe import MoEConfig, MoEForCausalLM, sharding
 from fivefold.moe.dispatchers import DispatchConfig
-from fivefold.moe.routing import RouterConfig
+from fivefold.moe.router_config import RouterConfig
 from fivefold.parallel_core.build import ParallelModel, build, make_runner
 from fivefold.parallel_core.context import take_held
 from fivefold.parallel_core.data_parallel import Precision

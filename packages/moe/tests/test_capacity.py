@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fivefold.moe.capacity import Capacity, CapacityConfig
+from fivefold.moe.capacity import Capacity
+from fivefold.moe.capacity_config import CapacityConfig
 from fivefold.moe.errors import MoEConfigError
 from fivefold.moe.split_sequences import SplitSequences
 from fivefold.parallel_core.collectives import piece_along

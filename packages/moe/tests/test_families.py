@@ -16,7 +16,7 @@ from fivefold.moe import MoEConfig, MoEForCausalLM
 from fivefold.moe.errors import MoEConfigError, MoEWeightsError
 from fivefold.moe.families import FAMILIES
 from fivefold.moe.hf import hf_sources
-from fivefold.moe.routing import RouterConfig
+from fivefold.moe.router_config import RouterConfig
 
 Make = Callable[..., MoEConfig]
 Oracle = Callable[..., tuple[MoEForCausalLM, Any]]

@@ -7,7 +7,7 @@ from transformers import MixtralConfig
 
 from fivefold.moe import MoEConfig
 from fivefold.moe.errors import MoEConfigError
-from fivefold.moe.routing import RouterConfig
+from fivefold.moe.router_config import RouterConfig
 
 # As published with mistralai/Mixtral-8x7B-v0.1 (transformers 4.36).
 MIXTRAL_8X7B: dict[str, Any] = {

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fivefold.moe import MoEConfig, MoELayer
-from fivefold.moe.capacity import CapacityConfig
-from fivefold.moe.routing import RouterConfig
+from fivefold.moe.capacity_config import CapacityConfig
+from fivefold.moe.router_config import RouterConfig
 from fivefold.parallel_core.losses import SideOutputs
 
 

@@ -11,8 +11,8 @@ from fivefold.moe import MoEConfig, MoEForCausalLM
 from fivefold.moe.cache import KVCache
 from fivefold.moe.errors import MoEInputError
 from fivefold.moe.generate import generate
-from fivefold.moe.routing import RouterConfig
 from fivefold.parallel_core.documents import starts_of_ids
+from fivefold.moe.router_config import RouterConfig
 
 Make = Callable[..., MoEConfig]
 Oracle = Callable[..., tuple[MoEForCausalLM, Any]]

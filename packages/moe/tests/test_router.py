@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from fivefold.moe import Router
-from fivefold.moe.routing import RouterConfig
+from fivefold.moe.router_config import RouterConfig
 from fivefold.parallel_core.losses import SideOutputs
 
 NO_LOSS = {"aux_loss_coef": 0.0}

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fivefold.moe.errors import MoEConfigError
-from fivefold.moe.routing import RouterConfig, choose, score, weigh
+from fivefold.moe.router_config import RouterConfig
+from fivefold.moe.routing import choose, score, weigh
 
 CONFIGS = [
     RouterConfig(),

@@ -5,10 +5,10 @@ from functools import cache
 import pytest
 
 from fivefold.moe import MoEConfig, MoEForCausalLM, sharding
-from fivefold.moe.capacity import CapacityConfig
+from fivefold.moe.capacity_config import CapacityConfig
 from fivefold.moe.dispatchers import DispatchConfig
 from fivefold.moe.errors import MoEConfigError
-from fivefold.moe.routing import RouterConfig
+from fivefold.moe.router_config import RouterConfig
 from fivefold.parallel_core.data_parallel import Precision
 from fivefold.parallel_core.data_parallel_config import DataParallelConfig
 from fivefold.parallel_core.launcher import launch

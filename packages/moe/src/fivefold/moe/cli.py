@@ -25,7 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     from fivefold.moe import commands
 
-    run = {"train": commands.train, "export": commands.export, "generate": commands.generate}
+    run = {
+        "train": commands.train,
+        "export": commands.export,
+        "generate": commands.generate,
+        "upcycle": commands.upcycle,
+    }
     return run[options.command](options)
 
 
@@ -42,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands.add_parser("train", help="train a model, or go on with a run"))
     _add_export(commands.add_parser("export", help="write a run's model in Hugging Face form"))
     _add_generate(commands.add_parser("generate", help="continue a text"))
+    _add_upcycle(commands.add_parser("upcycle", help="make experts of a dense model"))
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     return parser
@@ -130,6 +136,41 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of the draws (default: %(default)s)"
+    )
+
+
+def _add_upcycle(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Make a mixture of experts of a dense model (Llama, Mistral, Qwen2 or Qwen3) in Hugging "
+        "Face form. It starts as the same function; train it from there."
+    )
+    parser.add_argument("--model", required=True, metavar="FOLDER_OR_REPO", help="the dense model")
+    parser.add_argument(
+        "--output", required=True, metavar="FOLDER", help="where to write the mixture"
+    )
+    parser.add_argument(
+        "--copies",
+        type=int,
+        default=8,
+        metavar="C",
+        help="of each layer's network (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--copies-per-token",
+        type=int,
+        default=2,
+        metavar="K",
+        help="that a token uses (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--granularity",
+        type=int,
+        default=1,
+        metavar="G",
+        help="slices of a copy, each an expert of its own (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the routers (default: %(default)s)"
     )
 
 

@@ -12,6 +12,9 @@ from fivefold.moe.errors import MoEError
 from fivefold.moe.export import export_run
 from fivefold.moe.model import MoEForCausalLM
 from fivefold.moe.train import RunConfig, check, check_text, load_run, train_rank
+from fivefold.moe.upcycle import UpcycleConfig
+from fivefold.moe.upcycle import describe as upcycled
+from fivefold.moe.upcycle import upcycle as make_mixture
 from fivefold.parallel_core.commands import FAILED, INTERRUPTED
 from fivefold.parallel_core.errors import EXPECTED, ConfigError, LayoutError
 from fivefold.parallel_core.hub import resolve
@@ -146,6 +149,19 @@ def generate(options: argparse.Namespace) -> int:
         top_p=options.top_p,
         seed=options.seed,
     )
+    return 0
+
+
+def upcycle(options: argparse.Namespace) -> int:
+    """``fivefold-moe upcycle``."""
+    config = UpcycleConfig(
+        copies=options.copies,
+        copies_per_token=options.copies_per_token,
+        granularity=options.granularity,
+        seed=options.seed,
+    )
+    mixture = make_mixture(options.model, options.output, config)
+    print(f"wrote a {upcycled(mixture)} to {options.output}")
     return 0
 
 

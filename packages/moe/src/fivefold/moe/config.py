@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fivefold.moe.capacity import CapacityConfig
+from fivefold.moe.capacity_config import CapacityConfig
 from fivefold.moe.errors import MoEConfigError
 from fivefold.moe.families import FAMILIES, check_family
-from fivefold.moe.routing import RouterConfig
+from fivefold.moe.router_config import RouterConfig
 from fivefold.parallel_core.config import Config
 
 _SIZES = (

@@ -171,10 +171,11 @@ def read_config(folder: str | Path) -> MoEConfig:
     Raises:
         MoEConfigError: the file is missing, is no JSON object, or describes another model.
     """
-    return MoEConfig.from_hf(_read_json(Path(folder) / CONFIG))
+    return MoEConfig.from_hf(read_json(Path(folder) / CONFIG))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; raises ``MoEConfigError`` where the file is none."""
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -200,7 +201,7 @@ def _asked_dtype(value: torch.dtype | str) -> torch.dtype:
 
 def _config_dtype(folder: str | Path) -> torch.dtype | None:
     """The type in ``config.json``, as version 5 or version 4 writes it; None if it has none."""
-    described = _read_json(Path(folder) / CONFIG)
+    described = read_json(Path(folder) / CONFIG)
     for key in ("dtype", "torch_dtype"):
         value = described.get(key)
         if value is not None:
@@ -224,10 +225,11 @@ def _held_dtype(config: MoEConfig, reader: hub.SafetensorsReader) -> torch.dtype
                     f"{source!r} on disk is of {dtype}; legal: {', '.join(_DTYPES)}"
                 )
             specs.append((source, reader.shape(source), dtype))
-    return _main_dtype(specs)
+    return main_dtype(specs)
 
 
-def _main_dtype(specs: Iterable[Spec]) -> torch.dtype:
+def main_dtype(specs: Iterable[Spec]) -> torch.dtype:
+    """The type of most elements."""
     sizes: Counter[torch.dtype] = Counter()
     for _, shape, dtype in specs:
         sizes[dtype] += prod(shape)
@@ -285,7 +287,7 @@ def write_folder(
     )
     hub.write_sharded(folder, plan, tensors, max_shard_size)
     # Last: a folder without it is no model to anyone.
-    dtype = str(_main_dtype(plan)).removeprefix("torch.")
+    dtype = str(main_dtype(plan)).removeprefix("torch.")
     hub.write_json(folder / CONFIG, config.to_hf() | {"dtype": dtype})
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fivefold.moe.replay import RoutingRecord
-from fivefold.moe.routing import RouterConfig, choose, score, weigh
+from fivefold.moe.router_config import RouterConfig
+from fivefold.moe.routing import choose, score, weigh
 from fivefold.parallel_core.losses import SideOutputs
 
 
