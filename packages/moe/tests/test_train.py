@@ -11,7 +11,7 @@ import torch
 
 from fivefold.moe.errors import MoEConfigError
 from fivefold.moe.export import read_run
-from fivefold.moe.train import RunConfig, check, load_run, make_trainer, summarise
+from fivefold.moe.train import RunConfig, check, load_run, make_trainer
 from fivefold.parallel_core.checkpoint import Checkpoints
 from fivefold.parallel_core.config import load_toml
 from fivefold.parallel_core.documents import starts_after
@@ -177,6 +177,7 @@ def test_what_a_run_writes(run_file: Path, finished_run: Path) -> None:
     assert read_run(finished_run) == config
     assert Checkpoints(finished_run / "checkpoints").steps() == [3, 6]
     assert (finished_run / "loss.png").stat().st_size > 1000
+    assert (finished_run / "load.png").stat().st_size > 1000
     steps = [record for record in records(finished_run) if "loss" in record]
     assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
     tokens = 8 * 16
@@ -185,6 +186,12 @@ def test_what_a_run_writes(run_file: Path, finished_run: Path) -> None:
         assert record["learning_rate"] == 1e-2
         assert record["tokens_per_second"] == pytest.approx(tokens / record["seconds"])
         assert 1 <= record["load_max_over_mean"] <= record["load_max_over_mean_worst"] <= 4
+        for layer in ("layer0", "layer1"):
+            assert record[f"{layer}_load_mean"] == tokens * 2 / 8
+            low, high = record[f"{layer}_load_min"], record[f"{layer}_load_max"]
+            assert low <= record[f"{layer}_load_p95"] <= high
+            # 4 bytes of 16 values; on 4 ranks that share the experts, and no others
+            assert record[f"{layer}_rank_bytes_mean"] == tokens * 2 * 64 / 4
         assert 0.01 < record["aux_loss"] < 0.05
         assert 0 < record["z_loss"] < 1
     assert steps[0]["loss"] == pytest.approx(math.log(257), rel=0.05)
@@ -205,22 +212,6 @@ def test_bits_are_of_bytes(run_file: Path, finished_run: Path) -> None:
                 assert record[bits] == pytest.approx(record[loss] / math.log(2) * per_byte)
     heldout = [record for record in records(finished_run) if "heldout_loss" in record]
     assert [record["step"] for record in heldout] == [2, 4, 6]
-
-
-def test_summary_of_the_routers() -> None:
-    sums = {
-        "aux_loss": torch.tensor(3.0),
-        "z_loss": torch.tensor(0.5),
-        "load.0": torch.tensor([6.0, 2.0, 0.0, 0.0]),
-        "load.10": torch.tensor([2.0, 2.0, 2.0, 2.0]),
-    }
-    assert summarise(sums, 2) == {
-        "aux_loss": 1.5,
-        "z_loss": 0.25,
-        "load_max_over_mean": 2.0,
-        "load_max_over_mean_worst": 3.0,
-    }
-    assert summarise({}, 2) == {}
 
 
 def test_documents_are_kept_apart_on_request(run_file: Path) -> None:

@@ -2,17 +2,18 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from fivefold.moe import sharding
 from fivefold.moe.config import MoEConfig
 from fivefold.moe.dispatchers import DispatchConfig
+from fivefold.moe.load import LoadFigures, plot_load
 from fivefold.moe.model import MoEForCausalLM
 from fivefold.parallel_core.build import ParallelModel, build, make_runner
 from fivefold.parallel_core.checkpoint import Checkpoints
@@ -25,13 +26,14 @@ from fivefold.parallel_core.sequence_split import ContextConfig
 from fivefold.parallel_core.topology import Topology
 from fivefold.parallel_core.training.data import EvaluationBatches, TextBatches
 from fivefold.parallel_core.training.loop import Outcome, Report, Trainer, TrainingConfig
-from fivefold.parallel_core.training.report import RunReport
+from fivefold.parallel_core.training.report import METRICS, RunReport
 from fivefold.parallel_core.training.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from fivefold.parallel_core.training.tokens import TokenDataset, prepare
 
 CHECKPOINTS = "checkpoints"
 RUN_FILE = "run.json"
 TOKENIZER = "tokenizer"
+LOAD_PICTURE = "load.png"
 _OF_TRAINING = {
     "initializer_range",
     "max_position_embeddings",
@@ -262,7 +264,11 @@ def make_trainer(config: RunConfig, topology: Topology, folder: Path | None) -> 
             "separate_documents": config.data.separate_documents or None,
             **_model_identity(config.model),
         },
-        summarise=summarise,
+        summarise=LoadFigures(
+            ep=topology.size("ep"),
+            edp=topology.size("edp"),
+            row_bytes=config.model.hidden_size * training.precision.compute_dtype.itemsize,
+        ),
     )
 
 
@@ -302,25 +308,6 @@ def _in_bits(report: Report, dataset: TokenDataset) -> Report:
     return tell
 
 
-def summarise(sums: Mapping[str, Tensor], num_sequences: int) -> dict[str, float]:
-    """Figures of the routers from the sums over a step.
-
-    Returns:
-        Mean ``aux_loss`` and ``z_loss`` of a sequence, summed over layers; and the load of the
-        busiest expert over the mean one, in the worst layer and as the mean over layers.
-    """
-    figures = {
-        name: float(sums[name]) / num_sequences for name in ("aux_loss", "z_loss") if name in sums
-    }
-    ratios = [
-        float(load.max() / load.mean()) for name, load in sums.items() if name.startswith("load.")
-    ]
-    if ratios:
-        figures["load_max_over_mean"] = sum(ratios) / len(ratios)
-        figures["load_max_over_mean_worst"] = max(ratios)
-    return figures
-
-
 def train_rank(config: RunConfig, folder: Path, tensorboard: bool = False) -> Outcome:
     """Train on this rank, from the newest checkpoint in ``folder`` if there is one.
 
@@ -341,7 +328,11 @@ def train_rank(config: RunConfig, folder: Path, tensorboard: bool = False) -> Ou
         for damaged, what in Checkpoints(folder / CHECKPOINTS).damaged().items():
             report.message(f"the checkpoint after step {damaged} is damaged and left out: {what}")
         trainer.report = _in_bits(report, dataset)
-        return trainer.fit()
+        outcome = trainer.fit()
+    # Drawn where matplotlib is installed, as the loss curve.
+    with suppress(ImportError):
+        plot_load(folder / METRICS, folder / LOAD_PICTURE)
+    return outcome
 
 
 def _device() -> torch.device:

@@ -13,6 +13,7 @@ _LABELS = {
     "heldout_loss": "held-out",
     "tokens_per_second": "tokens/s",
     "load_max_over_mean": "balance",
+    "dropped_fraction": "dropped",
 }
 
 
