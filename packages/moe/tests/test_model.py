@@ -11,8 +11,8 @@ from fivefold.moe import MoEConfig, MoEForCausalLM
 from fivefold.moe.cache import KVCache
 from fivefold.moe.errors import MoEInputError
 from fivefold.moe.generate import generate
-from fivefold.parallel_core.documents import starts_of_ids
 from fivefold.moe.router_config import RouterConfig
+from fivefold.parallel_core.documents import starts_of_ids
 
 Make = Callable[..., MoEConfig]
 Oracle = Callable[..., tuple[MoEForCausalLM, Any]]
@@ -230,7 +230,7 @@ PACKED = ([1, 5, 1, 6], [13], [4, 9])
 @pytest.mark.parametrize("changes", [{}, {"sliding_window": 3}])
 def test_packed_documents_are_each_by_itself(tiny: Make, changes: dict[str, Any]) -> None:
     # The balance of experts is that of a sequence, whatever is packed into it.
-    model = MoEForCausalLM(tiny(aux_loss_coef=0.0, z_loss_coef=0.0, **changes)).double()
+    model = MoEForCausalLM(tiny(router=RouterConfig(aux_loss_coef=0.0), **changes)).double()
     x, weight = ids(3), torch.randn(3, 13, 48, dtype=torch.float64)
     numbers = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in PACKED]
     packed = model(x, document_starts=starts_of_ids(torch.stack(numbers)))

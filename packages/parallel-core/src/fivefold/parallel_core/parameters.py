@@ -260,7 +260,9 @@ class ParameterTable(Mapping[str, Placement]):
         ]
         first = all(self.topology.rank(axis) == 0 for axis in ("tp", "dp-cp"))
         return [
-            Piece(name, buffer, Box.whole(buffer.shape), Placement(shape=tuple(buffer.shape)), first)
+            Piece(
+                name, buffer, Box.whole(buffer.shape), Placement(shape=tuple(buffer.shape)), first
+            )
             for name, buffer in found
         ]
 
