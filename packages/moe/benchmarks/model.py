@@ -1,0 +1,176 @@
+"""Forward and backward of whole models beside transformers', on this machine's CPU.
+
+    python packages/moe/benchmarks/model.py --output packages/moe/benchmarks/model_cpu.json
+
+Both models have the same weights and get the same 2048 tokens. Calls alternate, in one process, so
+that whatever else the machine does meets both; the ratio is that of the fastest calls. Peak memory is
+that of one forward and backward in a process of its own.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fivefold.moe import MoEConfig, MoEForCausalLM
+from fivefold.moe.router_config import RouterConfig
+
+SHAPE = {"vocab_size": 4096, "hidden_size": 512, "num_layers": 4, "num_attention_heads": 8}
+MODELS = {
+    "mixtral": MoEConfig(
+        **SHAPE,
+        num_key_value_heads=2,
+        expert_intermediate_size=1024,
+        num_experts=8,
+        num_experts_per_token=2,
+        router=RouterConfig(aux_loss_coef=0.0),
+    ),
+    "qwen2_moe": MoEConfig(
+        **SHAPE,
+        model_type="qwen2_moe",
+        qkv_bias=True,
+        expert_intermediate_size=256,
+        num_experts=32,
+        num_experts_per_token=4,
+        shared_intermediate_size=1024,
+        shared_gate=True,
+        router=RouterConfig(normalize=False, aux_loss_coef=0.0),
+    ),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Not its "batched_mm", which copies an expert's matrices for every token: 17 GB in one of these layers.
+BACKENDS = ("eager", "grouped_mm")
+SEQUENCES, LENGTH = 4, 512
+
+
+def load(folder: str, name: str, dtype: torch.dtype) -> torch.nn.Module:
+    """Our model, or transformers' with one of its ways to run experts."""
+    if name == "fivefold":
+        return MoEForCausalLM.from_pretrained(folder, dtype=dtype).train()
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="sdpa", experts_implementation=name
+    ).train()
+
+
+def step(model: torch.nn.Module, ids: Tensor) -> None:
+    """Logits, the token loss and all gradients."""
+    out = model(ids)
+    logits = out if isinstance(out, Tensor) else out.logits
+    if isinstance(model, MoEForCausalLM):
+        loss = model.loss(logits[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()
+    else:
+        shifted = logits[:, :-1].flatten(0, 1).float()
+        loss = torch.nn.functional.cross_entropy(shifted, ids[:, 1:].flatten())
+    loss.backward()
+    model.zero_grad()
+
+
+def seconds(call: Callable[[], None]) -> float:
+    """CPU time of one call over all threads, which other processes change little."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def compare(folder: str, dtype: torch.dtype, rounds: int) -> dict[str, float]:
+    """The fastest of alternating calls of every model, in seconds."""
+    ids = torch.randint(0, SHAPE["vocab_size"], (SEQUENCES, LENGTH))
+    models = {name: load(folder, name, dtype) for name in ("fivefold", *BACKENDS)}
+    best = dict.fromkeys(models, float("inf"))
+    for number in range(rounds + 1):
+        for name in list(models):
+            spent = seconds(lambda model=models[name]: step(model, ids))
+            if number:  # the first round warms up
+                best[name] = min(best[name], spent)
+    return best
+
+
+def peak(folder: str, name: str, dtype: str) -> int:
+    """Bytes that a forward and backward adds to a process that has the model and its gradients."""
+    words = [sys.executable, __file__, "--peak", name, "--folder", folder, "--dtype", dtype]
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    return int(done.stdout.split()[-1])
+
+
+def measure_peak(folder: str, name: str, dtype: torch.dtype) -> int:
+    """The same, in this process."""
+    model = load(folder, name, dtype)
+    ids = torch.randint(0, SHAPE["vocab_size"], (SEQUENCES, LENGTH))
+    step(model, ids[:, :8])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step(model, ids)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+def main() -> None:
+    """Measure, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--models", nargs="*", default=list(MODELS))
+    parser.add_argument("--dtypes", nargs="*", default=list(DTYPES))
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    if options.peak:
+        print(measure_peak(options.folder, options.peak, DTYPES[options.dtype]))
+        return
+    records = []
+    for kind in options.models:
+        with tempfile.TemporaryDirectory() as folder:
+            MoEForCausalLM(MODELS[kind]).save_pretrained(folder)
+            for dtype in options.dtypes:
+                records.append(record(kind, folder, dtype, options.rounds))
+                print(json.dumps(records[-1]), flush=True)
+    if options.output:
+        described = {"machine": machine(options.threads), "records": records}
+        options.output.write_text(json.dumps(described, indent=1) + "\n")
+
+
+def record(kind: str, folder: str, dtype: str, rounds: int) -> dict[str, Any]:
+    """One model in one dtype."""
+    times = compare(folder, DTYPES[dtype], rounds)
+    fastest = min(BACKENDS, key=times.__getitem__)
+    ours, theirs = (peak(folder, name, dtype) for name in ("fivefold", fastest))
+    return {
+        "model": kind,
+        "dtype": dtype,
+        "tokens": SEQUENCES * LENGTH,
+        "seconds": {name: round(value, 4) for name, value in times.items()},
+        "fastest_of_transformers": fastest,
+        "times_faster": round(times[fastest] / times["fivefold"], 3),
+        "peak_bytes": {"fivefold": ours, fastest: theirs},
+        "peak_ratio": round(ours / theirs, 3),
+    }
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What was measured on."""
+    names = ("torch", "transformers", "fivefold-moe", "fivefold-kernels")
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "threads": threads,
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+    }
+
+
+if __name__ == "__main__":
+    main()
