@@ -58,11 +58,9 @@ void march(const Packed& packed, int64_t rounds, F step) {
   });
 }
 
-template <class T, Cell kCell>
-void run_forward(const Packed& packed, const Shape& shape, const Compute<T>* gates,
-                 const Compute<T>* bias, Compute<T>* h, Compute<T>* c, Compute<T>* y,
-                 Compute<T>* saved) {
-  using C = Compute<T>;
+template <class C, Cell kCell>
+void run_forward(const Packed& packed, Multiply<C> multiply, const Shape& shape, const C* gates,
+                 const C* bias, C* h, C* c, C* y, C* saved) {
   const int64_t hidden = shape.hidden;
   Exchange<C> exchange(packed.kind, shape.batch, hidden, shape.rows());
   const Vectors& vectors = exchange.vectors;
@@ -73,8 +71,8 @@ void run_forward(const Packed& packed, const Shape& shape, const Compute<T>* gat
     const int64_t t = shape.reverse ? shape.steps - 1 - round : round;
     C* z = exchange.z.data();
     C* next = exchange.sets[(round + 1) % 2].data();
-    multiply<T>(packed, part, vectors, exchange.sets[round % 2].data(), z, exchange.z_stride,
-                round % 2 == 1);
+    multiply(packed, part, vectors, exchange.sets[round % 2].data(), z, exchange.z_stride,
+             round % 2 == 1);
     for (int64_t b = 0; b < shape.batch; ++b) {
       const int64_t at = t * shape.batch + b;
       const bool active = shape.active(b, t);
@@ -99,12 +97,10 @@ void run_forward(const Packed& packed, const Shape& shape, const Compute<T>* gat
   });
 }
 
-template <class T, Cell kCell>
-void run_backward(const Packed& packed, const Shape& shape, const Compute<T>* dy,
-                  const Compute<T>* y, const Compute<T>* saved, const Compute<T>* h_before,
-                  const Compute<T>* c0, Compute<T>* dh, Compute<T>* dc, Compute<T>* dgates,
-                  Compute<T>* drows) {
-  using C = Compute<T>;
+template <class C, Cell kCell>
+void run_backward(const Packed& packed, Multiply<C> multiply, const Shape& shape, const C* dy,
+                  const C* y, const C* saved, const C* h_before, const C* c0, C* dh, C* dc,
+                  C* dgates, C* drows) {
   const int64_t hidden = shape.hidden;
   Exchange<C> exchange(packed.kind, shape.batch, shape.rows(), hidden);
   const Vectors& vectors = exchange.vectors;
@@ -114,8 +110,8 @@ void run_backward(const Packed& packed, const Shape& shape, const Compute<T>* dy
     C* z = exchange.z.data();
     C* next = exchange.sets[(round + 1) % 2].data();
     if (round > 0)
-      multiply<T>(packed, part, vectors, exchange.sets[round % 2].data(), z, exchange.z_stride,
-                  round % 2 == 1);
+      multiply(packed, part, vectors, exchange.sets[round % 2].data(), z, exchange.z_stride,
+               round % 2 == 1);
     const int64_t units = part.last_unit - part.first_unit;
     for (int64_t b = 0; b < shape.batch; ++b) {
       const C* sums = z + b * exchange.z_stride;
@@ -237,6 +233,13 @@ void with_cell(int64_t cell, F f) {
   }
 }
 
+// f(C()) for what values of a type are computed in.
+template <class F>
+void with_compute(int64_t type, F f) {
+  if (static_cast<fivefold::Type>(type) == fivefold::Type::f64) return f(double());
+  f(float());
+}
+
 }  // namespace
 
 // Whether tiles are compiled in: tiles (1).
@@ -292,12 +295,12 @@ FIVEFOLD_API void recurrence_forward(int64_t handle, int64_t type, int64_t cell,
                                      int64_t hidden, int64_t reverse) {
   with_cell(cell, [&](auto known) {
     constexpr Cell kCell = decltype(known)::value;
-    fivefold::dispatch(type, [&](auto element) {
-      using T = decltype(element);
-      using C = Compute<T>;
+    with_compute(type, [&](auto computed) {
+      using C = decltype(computed);
       const Shape shape{steps, batch, hidden, num_gates(kCell),
                         static_cast<const int64_t*>(lengths), reverse != 0};
-      run_forward<T, kCell>(packed_of(handle), shape, static_cast<const C*>(gates),
+      run_forward<C, kCell>(packed_of(handle), multiply_of<C>(type), shape,
+                            static_cast<const C*>(gates),
                             static_cast<const C*>(bias), static_cast<C*>(h), static_cast<C*>(c),
                             static_cast<C*>(y), static_cast<C*>(saved));
     });
@@ -314,12 +317,12 @@ FIVEFOLD_API void recurrence_backward(int64_t handle, int64_t type, int64_t cell
                                       int64_t hidden, int64_t reverse) {
   with_cell(cell, [&](auto known) {
     constexpr Cell kCell = decltype(known)::value;
-    fivefold::dispatch(type, [&](auto element) {
-      using T = decltype(element);
-      using C = Compute<T>;
+    with_compute(type, [&](auto computed) {
+      using C = decltype(computed);
       const Shape shape{steps, batch, hidden, num_gates(kCell),
                         static_cast<const int64_t*>(lengths), reverse != 0};
-      run_backward<T, kCell>(packed_of(handle), shape, static_cast<const C*>(dy),
+      run_backward<C, kCell>(packed_of(handle), multiply_of<C>(type), shape,
+                             static_cast<const C*>(dy),
                              static_cast<const C*>(y), static_cast<const C*>(saved),
                              static_cast<const C*>(h_before), static_cast<const C*>(c0),
                              static_cast<C*>(dh), static_cast<C*>(dc), static_cast<C*>(dgates),
@@ -333,13 +336,11 @@ FIVEFOLD_API void recurrence_values(int64_t type, const void* dgates, const void
                                     const void* h, const void* crow, const void* col, void* out,
                                     int64_t count, int64_t rows, int64_t hidden,
                                     int64_t num_threads) {
-  const auto run = [&](auto element) {
-    using C = decltype(element);
+  with_compute(type, [&](auto computed) {
+    using C = decltype(computed);
     sample_products<C>(static_cast<const C*>(dgates), static_cast<const C*>(drows_n),
                        static_cast<const C*>(h), static_cast<const int32_t*>(crow),
                        static_cast<const int32_t*>(col), static_cast<C*>(out), count, rows, hidden,
                        num_threads);
-  };
-  if (static_cast<fivefold::Type>(type) == fivefold::Type::f64) return run(double());
-  run(float());
+  });
 }

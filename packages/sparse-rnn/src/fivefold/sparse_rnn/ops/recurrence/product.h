@@ -201,8 +201,9 @@ void multiply_rows(const Packed& packed, int64_t row, const Compute<T>* v, Compu
 
 // z = M v for the rows of a part: z (batch, z_stride), v as `vectors` says.
 template <class T>
-void multiply(const Packed& packed, const Part& part, const Vectors& vectors, const Compute<T>* v,
-              Compute<T>* z, int64_t z_stride, bool from_the_end) {
+[[gnu::noinline]] void multiply(const Packed& packed, const Part& part, const Vectors& vectors,
+                                const Compute<T>* v, Compute<T>* z, int64_t z_stride,
+                                bool from_the_end) {
   if (packed.kind == Kind::kRows) {
     for (int64_t b = 0; b < vectors.batch; b += vectors.lanes) {
       const int64_t count = std::min(vectors.lanes, vectors.batch - b);
@@ -240,6 +241,20 @@ void multiply(const Packed& packed, const Part& part, const Vectors& vectors, co
   if (vectors.batch - b == 3) some(b, std::integral_constant<int, 3>());
   if (vectors.batch - b == 2) some(b, std::integral_constant<int, 2>());
   if (vectors.batch - b == 1) some(b, std::integral_constant<int, 1>());
+}
+
+// The product for values of a type that is known at run time; C is what is computed in.
+template <class C>
+using Multiply = void (*)(const Packed&, const Part&, const Vectors&, const C*, C*, int64_t, bool);
+
+template <class C>
+Multiply<C> multiply_of(int64_t type) {
+  Multiply<C> found = nullptr;
+  fivefold::dispatch(type, [&](auto element) {
+    using T = decltype(element);
+    if constexpr (std::is_same_v<Compute<T>, C>) found = multiply<T>;
+  });
+  return found;
 }
 
 }  // namespace sparse_rnn
