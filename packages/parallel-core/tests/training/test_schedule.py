@@ -71,3 +71,25 @@ def test_a_single_step_is_at_the_peak() -> None:
 def test_illegal_values(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         WarmupCosine.from_dict({"learning_rate": 1.0, "total_steps": 10} | change)
+
+
+def test_wsd_stays_at_the_peak_and_falls_in_a_line_at_the_end() -> None:
+    found = rates(total_steps=20, warmup_steps=3, min_ratio=0.1, kind="wsd", decay_steps=5)
+    assert found[:3] == pytest.approx([0.5, 1.0, 1.5])
+    assert set(found[3:15]) == {2.0}
+    assert found[15:] == pytest.approx([2.0 * (0.1 + 0.9 * i / 5) for i in (4, 3, 2, 1, 0)])
+    fifth = rates(total_steps=20, kind="wsd")
+    assert fifth == rates(total_steps=20, kind="wsd", decay_steps=4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "cosine", "decay_steps": 3}, "decay_steps=3 of the kind 'cosine'; only 'wsd'"),
+        ({"kind": "wsd", "decay_steps": 0}, "decay_steps=0 of total_steps=9; .* at least 1"),
+        ({"kind": "wsd", "decay_steps": 10}, "decay_steps=10 of total_steps=9; .* at most"),
+    ],
+)
+def test_decay_steps_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        WarmupCosine(learning_rate=1.0, total_steps=9, **options)
