@@ -86,19 +86,13 @@ def test_every_loss_is_alphafolds(
         "predicted_aligned_error.loss": terms["aligned_error"],
         "structure_module.chi_loss": chi,
         "structure_module.angle_norm_loss": norm,
-    }
-    for name, value in ours.items():
-        golden = goldens[f"cycle{cycle}.loss.{name}"]
-        assert abs(float(value) - golden) <= 1e-5 * abs(golden), name
-    # Errors of points are differences of positions that agree to 1e-3 angstrom.
-    errors = {
         "structure_module.fape": backbone_fape(found, batch, LOSS)[-1],
         "structure_module.sidechain_fape": side_chain_fape(found, batch, renamed, LOSS),
         "total": total,
     }
-    for name, value in errors.items():
+    for name, value in ours.items():
         golden = goldens[f"cycle{cycle}.loss.{name}"]
-        assert abs(float(value) - golden) <= 1e-4 * abs(golden), name
+        assert abs(float(value) - golden) <= 1e-5 * abs(golden), name
 
 
 @pytest.mark.parametrize("cycle", [0, 3])
@@ -139,5 +133,5 @@ def test_gradients_are_alphafolds(
     for name in names:
         golden = goldens[f"gradient.{name}"]
         off = np.abs(inputs.sample(gradients[name]) - golden).max()
-        assert off <= 1e-3 * np.abs(golden).max(), name
+        assert off <= 5e-4 * np.abs(golden).max(), name
         assert np.abs(golden).max() > 0, name
