@@ -117,6 +117,24 @@ def wheels(session: nox.Session) -> None:
     session.run("twine", "check", "--strict", *map(str, sorted(Path("dist").iterdir())))
 
 
+# What the goldens of a package are made with: the peer's own code, in an environment of its own.
+ORACLES = {
+    "fold": (
+        "packages/fold/tests/oracle/make_goldens.py",
+        ("alphafold-colabfold==2.3.7", "jax==0.4.38", "jaxlib==0.4.38", "dm-haiku==0.0.13"),
+    ),
+}
+
+
+@nox.session(default=False)
+@nox.parametrize("package", [nox.param(name, id=name) for name in ORACLES])
+def oracle(session: nox.Session, package: str) -> None:
+    """Make the goldens of a package anew from the code that it has to equal."""
+    script, requirements = ORACLES[package]
+    session.install(*requirements)
+    session.run("python", script, *session.posargs)
+
+
 def load_project(folder: Path) -> dict:
     """The ``[project]`` table of a package."""
     return load_toml(folder / "pyproject.toml")["project"]
