@@ -69,17 +69,23 @@ class Core(nn.Module):
     ) -> Tensor:
         if documents is not None:
             return documents.attend(self.partial, q, k, v)
-        return self.partial(
-            q, k, v, k.shape[1] - q.shape[1] if query_start is None else query_start
-        )[0]
+        # Not by `partial`: what its log-sum-exp keeps would be weighed, and nobody needs it here.
+        first = k.shape[1] - q.shape[1] if query_start is None else query_start
+        return self._attend(self._scores(q, k, first), v)
 
     def partial(self, q: Tensor, k: Tensor, v: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+        scores = self._scores(q, k, offset)
+        return self._attend(scores, v), scores.logsumexp(-1).transpose(1, 2)
+
+    def _scores(self, q: Tensor, k: Tensor, offset: int) -> Tensor:
+        k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
         scores = torch.einsum("bshd,bthd->bhst", q, k) / q.shape[-1] ** 0.5
         ahead = torch.arange(k.shape[1]) > offset + torch.arange(q.shape[1]).unsqueeze(1)
-        scores = scores.masked_fill(ahead, -torch.inf)
-        out = torch.einsum("bhst,bthd->bshd", scores.softmax(-1), v)
-        return out, scores.logsumexp(-1).transpose(1, 2)
+        return scores.masked_fill(ahead, -torch.inf)
+
+    def _attend(self, scores: Tensor, v: Tensor) -> Tensor:
+        v = v.repeat_interleave(scores.shape[1] // v.shape[2], 2)
+        return torch.einsum("bhst,bthd->bshd", scores.softmax(-1), v)
 
 
 class Attention(nn.Module):
