@@ -6,7 +6,8 @@ from typing import TypeVar
 from torch import nn
 
 from fivefold.sparse_rnn.errors import SparseRNNInputError
-from fivefold.sparse_rnn.layers import SparseGRU, SparseLSTM, SparseRecurrent, SparseRNN
+from fivefold.sparse_rnn.layers import SparseGRU, SparseLSTM, SparseRNN
+from fivefold.sparse_rnn.recurrent import SparseRecurrent
 
 _M = TypeVar("_M", bound=nn.Module)
 _CLASSES: dict[type[nn.RNNBase], type[SparseRecurrent]] = {
