@@ -46,6 +46,8 @@ class AttentionCore(nn.Module):
         if documents is not None:
             return documents.attend(self.partial, q_bshd, k_bthd, v_bthd)
         start = k_bthd.shape[1] - q_bshd.shape[1] if query_start is None else query_start
+        if q_bshd.shape[1] == 1 and start == k_bthd.shape[1] - 1:
+            return self._last(q_bshd, k_bthd, v_bthd, key_mask)
         return self._attend(q_bshd, k_bthd, v_bthd, start, key_mask)[0]
 
     def partial(
@@ -63,6 +65,16 @@ class AttentionCore(nn.Module):
             (B, S, query heads, D), and the log-sum-exp of the scores (B, S, query heads).
         """
         return self._attend(q_bshd, k_bthd, v_bthd, offset, None)
+
+    def _last(self, q_b1hd: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        """One query that sees all keys, (B, 1, query heads, D).
+
+        The heads that share a key head are as many queries of it, so that a kernel reads the keys
+        once and no copy of them is made for every head.
+        """
+        shared_bgrd = q_b1hd[:, 0].unflatten(1, (k.shape[2], -1))
+        keys, values = k.transpose(1, 2), v.transpose(1, 2)
+        return attention(shared_bgrd, keys, values, key_mask=key_mask).flatten(1, 2).unsqueeze(1)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, offset: int, key_mask: Tensor | None

@@ -5,8 +5,7 @@ space of less width. Scores are sigmoids, and a bias that only the choice sees k
 (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). Needs the extra ``[moe]``.
 
 Legend: B sequences, S tokens of a sequence here, N = B * S, E experts, K experts per token,
-Q groups of experts, T rows (token copies), F expert width, I width of the experts' input,
-H hidden width.
+T rows (token copies), F expert width, I width of the experts' input, H hidden width.
 """
 
 import torch
@@ -18,19 +17,19 @@ from fivefold.hybrid_ssm.memory import ALONE, Context
 from fivefold.hybrid_ssm.precision import KeepsFloat32
 from fivefold.kernels import grouped_mm, relu2
 from fivefold.moe.dispatch import TokenDispatcher
-from fivefold.moe.folded import folded_dispatcher
+from fivefold.moe.dispatchers import folded_dispatcher
 from fivefold.moe.router import Router
+from fivefold.moe.router_config import RouterConfig
 from fivefold.parallel_core.losses import SideOutputs
 
 __all__ = ["ExpertsMixer", "Relu2Experts", "SigmoidRouter", "TokenDispatcher", "folded_dispatcher"]
 
 
 class SigmoidRouter(KeepsFloat32, Router):
-    """Sigmoid scores; the best experts by score plus bias, within the best groups of experts.
+    """``fivefold.moe``'s router as Nemotron 3 has it: sigmoid scores, a bias for the choice only.
 
-    A group counts by the sum of its two best. The weights are the scores without the bias, made
-    to sum to 1 where the configuration says so, times a factor. The side losses are those of
-    ``fivefold.moe.router.Router``, with scores that sum to 1 for probabilities.
+    The bias is a parameter here and not a buffer, as released files bring it and checkpoints and
+    exports have to carry it on.
 
     Attributes:
         correction_bias: (E,), in float32 or wider whatever the model is in, without gradient.
@@ -45,41 +44,22 @@ class SigmoidRouter(KeepsFloat32, Router):
             config.num_experts_per_token,
             side,
             layer,
-            aux_loss_coef=config.aux_loss_coef,
-            z_loss_coef=config.z_loss_coef,
-            initializer_range=config.initializer_range,
+            RouterConfig(
+                score="sigmoid",
+                normalize=config.normalise_weights,
+                scale=config.routed_scaling_factor,
+                num_groups=config.num_expert_groups,
+                groups_per_token=config.num_chosen_groups,
+                aux_loss_coef=config.aux_loss_coef,
+                z_loss_coef=config.z_loss_coef,
+            ),
+            config.initializer_range,
         )
-        self.num_groups, self.num_chosen = config.num_expert_groups, config.num_chosen_groups
-        self.normalise, self.factor = config.normalise_weights, config.routed_scaling_factor
         self.correction_bias = nn.Parameter(torch.zeros(config.num_experts), requires_grad=False)
 
-    def forward(self, x_bsh: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states (B, S, H) to gate weights (N, K), in x's dtype, and experts (N, K)."""
-        dtype = torch.promote_types(x_bsh.dtype, torch.float32)
-        logits_bse = x_bsh.to(dtype) @ self.weight.to(dtype).T
-        scores_bse = logits_bse.sigmoid()
-        experts_bsk = self._choose(scores_bse.detach() + self.correction_bias.to(dtype))
-        weights_bsk = scores_bse.gather(-1, experts_bsk)
-        if self.normalise:
-            weights_bsk = weights_bsk / (weights_bsk.sum(dim=-1, keepdim=True) + 1e-20)
-        weights_bsk = weights_bsk * self.factor
-        if self.training:
-            probs_bse = scores_bse / (scores_bse.sum(dim=-1, keepdim=True) + 1e-20)
-            weights_bsk = self._add_side_outputs(logits_bse, probs_bse, experts_bsk, weights_bsk)
-        return weights_bsk.to(x_bsh.dtype).flatten(0, 1), experts_bsk.flatten(0, 1)
-
-    def _choose(self, biased_bse: Tensor) -> Tensor:
-        """Experts (B, S, K) by biased scores; of equal ones the lower index."""
-        if self.num_chosen < self.num_groups:
-            groups = biased_bse.unflatten(-1, (self.num_groups, -1))
-            worth_bsq = groups.topk(2, dim=-1).values.sum(dim=-1)
-            best = worth_bsq.sort(dim=-1, descending=True, stable=True).indices
-            out_bsq = torch.ones_like(worth_bsq, dtype=torch.bool)
-            out_bsq = out_bsq.scatter(-1, best[..., : self.num_chosen], False)
-            biased_bse = groups.masked_fill(out_bsq.unsqueeze(-1), -torch.inf).flatten(-2)
-        # A stable sort rather than topk, which leaves the order of equal values open.
-        order_bse = biased_bse.sort(dim=-1, descending=True, stable=True).indices
-        return order_bse[..., : self.num_experts_per_token]
+    def choice_bias(self) -> Tensor:
+        """What is added to the scores for the choice (E,)."""
+        return self.correction_bias
 
 
 class Relu2Experts(nn.Module):
