@@ -3,8 +3,8 @@
     python packages/moe/benchmarks/model.py --output packages/moe/benchmarks/model_cpu.json
 
 Both models have the same weights and get the same 2048 tokens. Calls alternate, in one process, so
-that whatever else the machine does meets both; the ratio is that of the fastest calls. Peak memory is
-that of one forward and backward in a process of its own.
+that whatever else the machine does meets both; the ratio is that of the fastest calls. Peak memory
+is that of one forward and backward in a process of its own.
 """
 
 import argparse
@@ -49,7 +49,7 @@ MODELS = {
     ),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Not its "batched_mm", which copies an expert's matrices for every token: 17 GB in one of these layers.
+# Not its "batched_mm", which copies an expert's matrices for every token: 17 GB in a layer here.
 BACKENDS = ("eager", "grouped_mm")
 SEQUENCES, LENGTH = 4, 512
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fivefold.moe.dispatch import TokenDispatcher
-from fivefold.moe.dispatchers import DISPATCHERS, DispatchConfig, dispatcher_for
+from fivefold.moe.dispatchers import DISPATCHERS, DispatchConfig, dispatcher_for, folded_dispatcher
 from fivefold.moe.errors import MoEInputError
 from fivefold.moe.experts import Experts
 from fivefold.parallel_core.launcher import launch
@@ -358,3 +358,9 @@ def test_only_rows_can_be_padded(kind: str) -> None:
     dispatcher = dispatcher_for(DispatchConfig(dispatcher=kind), 4, Topology.local())  # type: ignore[arg-type]
     with pytest.raises(MoEInputError, match="padding to 3 rows is for dispatchers that send"):
         dispatcher.dispatch(torch.zeros(2, H), torch.zeros(2, 1, dtype=torch.int64), None, 3)
+
+
+def test_whole_experts_need_no_folding() -> None:
+    local, other = TokenDispatcher(4), nn.Identity()
+    assert folded_dispatcher(local, Topology.local()) is local
+    assert folded_dispatcher(other, Topology.local()) is other

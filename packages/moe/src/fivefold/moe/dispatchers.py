@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import nn
+
 from fivefold.moe.deduplicated import DeduplicatedDispatcher
 from fivefold.moe.dispatch import TokenDispatcher
 from fivefold.moe.folded import FoldedDispatcher
@@ -30,6 +32,18 @@ DISPATCHERS: Mapping[str, type[FoldedDispatcher | DeduplicatedDispatcher | Gathe
     "deduplicated": DeduplicatedDispatcher,
     "all_gather": GatheredDispatcher,
 }
+
+
+def folded_dispatcher(
+    dispatcher: nn.Module, topology: Topology, config: DispatchConfig | None = None
+) -> nn.Module:
+    """What takes the place of a layer's dispatcher over ``topology``.
+
+    The given one stays where every expert is whole on this rank.
+    """
+    if topology.size("etp-ep") == 1 or not isinstance(dispatcher, TokenDispatcher):
+        return dispatcher
+    return dispatcher_for(config or DispatchConfig(), dispatcher.num_experts, topology)
 
 
 def dispatcher_for(config: DispatchConfig, num_experts: int, topology: Topology) -> TokenDispatcher:

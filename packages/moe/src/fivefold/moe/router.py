@@ -104,13 +104,19 @@ class Router(nn.Module):
         """Hidden states (B, S, H) to gate weights (N, K), in x's dtype, and experts (N, K)."""
         logits_bse = self._logits(x_bsh)
         scores_bse = score(logits_bse, self.config)
-        experts_bsk = choose(scores_bse, self.bias, self.config, self.num_experts_per_token)
+        experts_bsk = choose(
+            scores_bse, self.choice_bias(), self.config, self.num_experts_per_token
+        )
         if self.record is not None:
             experts_bsk = self.record.pass_through(self.layer, experts_bsk)
         weights_bsk = weigh(scores_bse, experts_bsk, self.config)
         if self.training:
             weights_bsk = self._add_side_outputs(logits_bse, scores_bse, experts_bsk, weights_bsk)
         return weights_bsk.to(x_bsh.dtype).flatten(0, 1), experts_bsk.flatten(0, 1)
+
+    def choice_bias(self) -> Tensor | None:
+        """What is added to the scores for the choice (E,); None for nothing."""
+        return self.bias
 
     @torch.no_grad()
     def after_step(self, load_e: Tensor) -> None:

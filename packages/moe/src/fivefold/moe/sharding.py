@@ -11,7 +11,7 @@ from torch import nn
 from fivefold.moe.capacity import WholeSequences
 from fivefold.moe.config import MoEConfig
 from fivefold.moe.dispatch import TokenDispatcher
-from fivefold.moe.dispatchers import DispatchConfig, dispatcher_for
+from fivefold.moe.dispatchers import DispatchConfig, folded_dispatcher
 from fivefold.moe.errors import MoEConfigError
 from fivefold.moe.experts import Experts
 from fivefold.moe.split_sequences import SplitSequences
@@ -66,9 +66,7 @@ class Dispatch(Style):
     def apply(self, module: nn.Module, name: str, table: ParameterTable) -> nn.Module:
         """Swap the dispatcher; the given one stays where every expert is whole on this rank."""
         self._expect(module, name, TokenDispatcher)
-        if table.topology.size("etp-ep") == 1 or not isinstance(module, TokenDispatcher):
-            return module
-        return dispatcher_for(self.config, module.num_experts, table.topology)
+        return folded_dispatcher(module, table.topology, self.config)
 
 
 @dataclass(frozen=True)

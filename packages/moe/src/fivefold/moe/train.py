@@ -255,9 +255,7 @@ def make_trainer(config: RunConfig, topology: Topology, folder: Path | None) -> 
         runner,
         batches,
         heldout,
-        checkpoints=Checkpoints(folder / CHECKPOINTS, training.retention)
-        if folder
-        else None,
+        checkpoints=Checkpoints(folder / CHECKPOINTS, training.retention) if folder else None,
         identity={
             "data": dataset.fingerprint,
             # Not False, which checkpoints of runs that did not know of it do not have.
