@@ -23,7 +23,8 @@ _HEADS = 8
 # chunk, and what is left after it of what the token put in.
 _NUM_DECAYS = 5
 # Sums of the backward pass: gradients of step sizes, what a token keeps for later chunks, what it
-# skips, what it gives its chunk; then, one for each tile of the state, what it takes.
+# skips, what passes from it and those before it to those after it in its chunk; then, one for each
+# tile of the state, what it takes from before the chunk.
 _NUM_SUMS = 4
 
 
@@ -268,7 +269,7 @@ class Call:
         dstates: Tensor,
         sums: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Of B and C; of each token, what it gives and takes."""
+        """Of B and C; of each token, what passes it and what it takes."""
         dB, dC = (self.empty(*self.B.shape, dtype=self.x.dtype) for _ in range(2))
         dcb = self.empty(*cb.shape, dtype=self.x.dtype)
         num_tiles = sums.shape[2] - _NUM_SUMS

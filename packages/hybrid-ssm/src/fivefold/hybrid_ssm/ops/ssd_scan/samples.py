@@ -60,14 +60,13 @@ def _all(
     sizes: tuple[int, int, int, int, int, int],
     seq_ids: list[list[int]],
     chunk_size: int | None = None,
-    decay: float = 1.0,
 ) -> Sample:
     """With all there is."""
 
     def inputs(make: Maker) -> Inputs:
         batch, _, heads, head_dim, _, state = sizes
         compute = wide(make.dtype)
-        return _inputs(make, sizes, decay) | {
+        return _inputs(make, sizes) | {
             "D": make.normal(heads, dtype=compute),
             "z": make.normal(*sizes[:4]),
             "dt_bias": make.normal(heads, dtype=compute),
@@ -80,6 +79,18 @@ def _all(
         }
 
     return Sample(name=name, inputs=inputs)
+
+
+def _strong_decay(make: Maker) -> Inputs:
+    """The state is lost and what follows decays slowly; two steps are exactly at the limits."""
+    inputs = _inputs(make, (1, 18, 2, 4, 2, 4), decay=40.0)
+    dt = inputs["dt"].detach()
+    dt.abs_()
+    dt[:, :9].add_(8)
+    dt[:, 9:].mul_(0.02)
+    dt[:, 3], dt[:, 11] = 8.5, 0.0
+    inputs["dt"] = dt.requires_grad_()
+    return inputs | {"dt_limit": (0.0, 8.5), "return_final_state": True}
 
 
 def _bare(name: str, sizes: tuple[int, int, int, int, int, int], **options: Any) -> Sample:
@@ -174,7 +185,8 @@ SAMPLES = OpSamples(
     small=(
         _all("all", (1, 19, 2, 5, 1, 9), [[0] * 11 + [4] * 6 + [0] * 2], 16),
         _bare("bare", (2, 17, 4, 3, 2, 5), chunk_size=16),
-        _all("strong decay", (1, 9, 2, 4, 2, 4), [[5] * 9], decay=40.0),
+        _all("two sequences", (2, 9, 2, 4, 2, 4), [[5] * 9, [5] * 4 + [6] * 5]),
+        Sample(name="strong decay", inputs=_strong_decay),
         # What the backends cut in pieces: 9 heads of a group, 34 chunks, wide heads and states.
         _all("blocks and segments", (1, 34, 9, 2, 1, 3), [[0] * 33 + [1]], 1),
         _bare("wide", (1, 17, 1, 17, 1, 130), chunk_size=16),

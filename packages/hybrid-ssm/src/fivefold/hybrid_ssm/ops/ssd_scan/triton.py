@@ -5,8 +5,8 @@ chunks with the state in registers; the products of C and B of each group; the r
 at once. Backward runs the first three again, walks back with the gradients of the states, and then
 takes all chunks at once: for x, for C and for B, and for the logarithms of the decays.
 
-A decay's logarithm gets what passes from before a token to it or after it: of the strictly lower
-triangle of a chunk's pairs, since what a token gives itself does not decay and would drown it.
+A decay's logarithm gets what passes from before a token to it or after it, as a sum of just that:
+differences of larger sums would drown it.
 
 Legend: B batch, S tokens, Q tokens of a chunk, H heads, P values in a head, G groups, N values of
 state, W tokens padded to whole chunks.
@@ -146,16 +146,29 @@ def _dense(x: Tensor | None) -> Tensor | None:
 
 
 @triton.jit
+def is_large(dt):
+    """Where softplus is the identity, as in torch: above 20."""
+    return tl.maximum(dt, 20) != 20
+
+
+@triton.jit
 def softened(dt, SOFTPLUS: tl.constexpr):
-    """Softplus, which is the identity above 20 as in torch, and right where it is tiny."""
+    """Softplus, right where it is tiny too."""
     if SOFTPLUS:
-        grown = tl.exp(tl.where(dt > 20, 0, dt))
+        grown = tl.exp(tl.where(is_large(dt), 0, dt))
         above = 1 + grown
         # What adding to 1 loses of a small number is lost of the quotient alike.
         rest = tl.where(above == 1, 1, above - 1)
         log = tl.where(above == 1, grown, tl.log(above) * (grown / rest))
-        dt = tl.where(dt > 20, dt, log)
+        dt = tl.where(is_large(dt), dt, log)
     return dt
+
+
+@triton.jit
+def clamped(dt, dt_min, dt_max):
+    """Within the limits; NaN stays NaN."""
+    least = tl.maximum(dt, dt_min, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(least, dt_max, propagate_nan=tl.PropagateNan.ALL).to(dt.dtype)
 
 
 @triton.jit
@@ -199,10 +212,8 @@ def _decays_kernel(
     at = dt_ptr + sequence * dt_sequence + tokens.to(tl.int64)[None, :] * dt_token
     at += heads[:, None] * dt_head
     dt = softened(_raw_steps(at, bias_ptr, heads, inside, head_in, HAS_BIAS, COMPUTE), SOFTPLUS)
-    dt = tl.where(dt < dt_min, dt_min, dt)
-    dt = tl.where(dt > dt_max, dt_max, dt)
     # What is past the end takes no step.
-    dt = tl.where(inside, dt.to(COMPUTE), 0)
+    dt = tl.where(inside, clamped(dt, dt_min, dt_max), 0)
     log = dt * tl.load(a_ptr + heads, mask=head_in, other=0).to(COMPUTE)[:, None]
     # Differences of sums matter where they are small: the sums are kept in two parts.
     exact = tl.cumsum(log.to(tl.float64), axis=1)
@@ -257,6 +268,14 @@ def _left(
         document = tl.load(documents_ptr + index // chunks * num_tokens + places)
         sees = sees & (document[:, None] == document[None, :])
     return tl.where(sees, tl.exp(tl.where(sees, log, 0)), 0)
+
+
+@triton.jit
+def _store_for_next(at, values, CHUNK: tl.constexpr):
+    """Store a token's value with the next token of its chunk, and 0 with the first."""
+    q = tl.arange(0, CHUNK)
+    next_q = (q + 1) % CHUNK
+    tl.store(at - q + next_q, tl.where(next_q == 0, 0, values))
 
 
 @triton.jit
@@ -527,7 +546,7 @@ def _dx_kernel(
     x = tl.load(x_at + tokens[:, None] * x_token + p[None, :], mask=inside, other=0).to(COMPUTE)
     steps = tl.load(decays)
     sums = sums_ptr + (sequence * num_heads + head) * (SUMS * width) + tokens
-    tl.store(sums + width, tl.sum(x * du, axis=1) * steps)
+    _store_for_next(sums + width, tl.sum(x * du, axis=1) * steps, CHUNK)
 
     dy_at = dy_ptr + sequence * dy_sequence + head * head_dim
     dy = tl.load(dy_at + tokens[:, None] * dy_token + p[None, :], mask=inside, other=0)
@@ -613,10 +632,11 @@ def _dc_kernel(
         met *= left * tl.load(decays)[None, :]
         dcb += met
         if part == 0:
-            # Both from the same products, so that what is given is what is taken.
-            met = tl.where(q[:, None] > q[None, :], met * tl.load(cb_ptr + pairs), 0)
-            taken += tl.sum(met, axis=1)
-            tl.store(sums + 3 * width, tl.sum(met, axis=0))
+            # What passes between a token and the next: from tokens up to it to those after it.
+            earlier_pair = q[:, None] > q[None, :]
+            met = tl.where(earlier_pair, met * tl.load(cb_ptr + pairs), 0)
+            passing = tl.where(earlier_pair, tl.cumsum(met, axis=1), 0)
+            _store_for_next(sums + 3 * width, tl.sum(passing, axis=0), CHUNK)
         tl.store(sums + (4 + part) * width, taken)
     b_at = b_ptr + sequence * b_sequence + group * state_size + tokens[:, None] * b_token
     b = tl.load(b_at + n[None, :], mask=inside, other=0)
@@ -710,20 +730,20 @@ def _ddt_kernel(
 ):
     chunks = tl.cdiv(num_tokens, CHUNK)
     sequence, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
-    width, q = chunks * CHUNK, tl.arange(0, CHUNK)
-    tokens = chunk * CHUNK + q
+    width, tokens = chunks * CHUNK, chunk * CHUNK + tl.arange(0, CHUNK)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     head_in = heads < num_heads
     inside = head_in[:, None] & (tokens < num_tokens)[None, :]
     index = sequence * num_heads + heads
     sums = sums_ptr + index[:, None] * (SUMS * width) + tokens[None, :]
-    # What tokens from this one on take, less what they give each other, comes from before it.
-    across = -tl.load(sums + 3 * width, mask=head_in[:, None], other=0)
+    # What passes this token: taken by it or later ones from the state before the chunk, put in by
+    # earlier ones and kept for later chunks, put in by earlier ones and taken by it or later ones.
+    taken = tl.zeros((HEADS, CHUNK), COMPUTE)
     for part in tl.static_range(4, SUMS):
-        across += tl.load(sums + part * width, mask=head_in[:, None], other=0)
-    dlog = tl.cumsum(across, axis=1, reverse=True)
-    kept_in = head_in[:, None] & (q > 0)[None, :]
-    dlog += tl.cumsum(tl.load(sums + width - 1, mask=kept_in, other=0), axis=1)
+        taken += tl.load(sums + part * width, mask=head_in[:, None], other=0)
+    dlog = tl.cumsum(taken, axis=1, reverse=True)
+    dlog += tl.cumsum(tl.load(sums + width, mask=head_in[:, None], other=0), axis=1)
+    dlog += tl.load(sums + 3 * width, mask=head_in[:, None], other=0)
     for part in tl.static_range(PAST):
         past_at = past_ptr + (index * chunks + chunk) * PAST + part
         dlog += tl.load(past_at, mask=head_in, other=0)[:, None]
@@ -739,7 +759,7 @@ def _ddt_kernel(
     soft = softened(dt, SOFTPLUS)
     ddt = tl.where((soft >= dt_min) & (soft <= dt_max) & inside, dsteps, 0)
     if SOFTPLUS:
-        ddt = tl.where(dt > 20, ddt, ddt * sigmoid(dt))
+        ddt = tl.where(is_large(dt), ddt, ddt * sigmoid(dt))
     tl.store(dbias_ptr + index * chunks + chunk, tl.sum(ddt, axis=1), mask=head_in)
     out = ddt_ptr + (sequence * num_tokens + tokens)[None, :] * num_heads + heads[:, None]
     tl.store(out, ddt.to(ddt_ptr.dtype.element_ty), mask=inside)

@@ -45,7 +45,7 @@ def _model(name: str, sizes: tuple[int, int, int, int, int], **options: Any) -> 
 
 
 def _all(make: Maker) -> Inputs:
-    sizes = (2, 6, 5, 3, 9)
+    sizes = (2, 6, 17, 3, 9)
     inputs = _model("", sizes, dt_limit=(0.3, 1.0)).inputs(make)
     return inputs | {"z": make.normal(*sizes[:3], grad=False)}
 

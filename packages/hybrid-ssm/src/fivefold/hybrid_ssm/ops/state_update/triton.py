@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fivefold.hybrid_ssm.ops.ssd_scan.triton import softened
+from fivefold.hybrid_ssm.ops.ssd_scan.triton import clamped, softened
 from fivefold.hybrid_ssm.ops.state_update.op import wide
 from fivefold.kernels.launch import launch
 from fivefold.kernels.sizes import next_power_of_2
@@ -102,9 +102,7 @@ def _step_kernel(
     dt = tl.load(dt_ptr + index).to(COMPUTE)
     if HAS_BIAS:
         dt += tl.load(bias_ptr + head).to(COMPUTE)
-    dt = softened(dt, SOFTPLUS)
-    dt = tl.where(dt < dt_min, dt_min, dt)
-    dt = tl.where(dt > dt_max, dt_max, dt).to(COMPUTE)
+    dt = clamped(softened(dt, SOFTPLUS), dt_min, dt_max)
     decay = tl.exp(dt * tl.load(a_ptr + head).to(COMPUTE))
     x = tl.load(x_ptr + index * head_dim + rows, mask=row_in, other=0).to(COMPUTE)
     b = tl.load(b_ptr + group * width + cols, mask=col_in, other=0).to(COMPUTE)
