@@ -31,10 +31,8 @@ def _tanh(x):
 
 
 @triton.jit
-def _sums(
-    values_ptr, source_ptr, begin_ptr, index_ptr, from_ptr, rows, inside, WIDTH: tl.constexpr
-):
-    """Products of some rows with a vector; ``source_ptr`` tells where a nonzero's value is."""
+def _sums(values_ptr, begin_ptr, index_ptr, from_ptr, rows, inside, WIDTH: tl.constexpr):
+    """Products of some rows with a vector."""
     begin = tl.load(begin_ptr + rows, mask=inside, other=0)
     end = tl.load(begin_ptr + rows + 1, mask=inside, other=0)
     acc = tl.zeros(rows.shape, dtype=from_ptr.dtype.element_ty)
@@ -42,10 +40,9 @@ def _sums(
     for first in range(0, longest, WIDTH):
         at = begin[:, None] + first + tl.arange(0, WIDTH)[None, :]
         there = at < end[:, None]
-        source = tl.load(source_ptr + at, mask=there, other=0)
-        value = tl.load(values_ptr + source, mask=there, other=0).to(acc.dtype)
+        value = tl.load(values_ptr + at, mask=there, other=0).to(acc.dtype)
         index = tl.load(index_ptr + at, mask=there, other=0)
-        acc += tl.sum(value * tl.load(from_ptr + index, mask=there, other=0), axis=1)
+        acc += tl.sum(value * tl.load(from_ptr + index), axis=1)
     return acc
 
 
@@ -53,7 +50,6 @@ def _sums(
 def _forward(
     gates_ptr,
     values_ptr,
-    source_ptr,
     crow_ptr,
     col_ptr,
     bias_ptr,
@@ -89,13 +85,13 @@ def _forward(
         active = t < tl.load(lengths_ptr + b)
     h = tl.load(h_ptr + at, mask=inside, other=0)
     x0 = tl.load(gates, mask=inside, other=0).to(h.dtype)
-    s0 = _sums(values_ptr, source_ptr, crow_ptr, col_ptr, vector, units, inside, WIDTH)
+    s0 = _sums(values_ptr, crow_ptr, col_ptr, vector, units, inside, WIDTH)
     if CELL >= 2:
         x1 = tl.load(gates + hidden, mask=inside, other=0).to(h.dtype)
         x2 = tl.load(gates + 2 * hidden, mask=inside, other=0).to(h.dtype)
         rows1, rows2 = units + hidden, units + 2 * hidden
-        s1 = _sums(values_ptr, source_ptr, crow_ptr, col_ptr, vector, rows1, inside, WIDTH)
-        s2 = _sums(values_ptr, source_ptr, crow_ptr, col_ptr, vector, rows2, inside, WIDTH)
+        s1 = _sums(values_ptr, crow_ptr, col_ptr, vector, rows1, inside, WIDTH)
+        s2 = _sums(values_ptr, crow_ptr, col_ptr, vector, rows2, inside, WIDTH)
         first, second = sigmoid(x0 + s0), sigmoid(x1 + s1)
     if CELL == 0:
         h_new = _tanh(x0 + s0)
@@ -104,7 +100,7 @@ def _forward(
     elif CELL == 2:
         x3 = tl.load(gates + 3 * hidden, mask=inside, other=0).to(h.dtype)
         rows3 = units + 3 * hidden
-        s3 = _sums(values_ptr, source_ptr, crow_ptr, col_ptr, vector, rows3, inside, WIDTH)
+        s3 = _sums(values_ptr, crow_ptr, col_ptr, vector, rows3, inside, WIDTH)
         g, o = _tanh(x2 + s2), sigmoid(x3 + s3)
         c = tl.load(c_ptr + at, mask=inside, other=0)
         c_new = second * c + first * g
@@ -138,7 +134,6 @@ def _backward(
     before_ptr,
     c_before_ptr,
     values_ptr,
-    source_ptr,
     ccol_ptr,
     row_ptr,
     lengths_ptr,
@@ -166,7 +161,7 @@ def _backward(
     dh = tl.load(dh_ptr + at, mask=inside, other=0)
     if not FIRST:
         vector = drows_before_ptr + b * num_gates * hidden
-        dh += _sums(values_ptr, source_ptr, ccol_ptr, row_ptr, vector, units, inside, WIDTH)
+        dh += _sums(values_ptr, ccol_ptr, row_ptr, vector, units, inside, WIDTH)
     if LAST:
         tl.store(dh_ptr + at, dh, mask=inside)
     else:
@@ -266,7 +261,6 @@ def recurrence_forward(
     y = gates.new_empty((num_steps, batch, hidden), dtype=wide)
     num_saved = CELLS[cell].num_saved * hidden if keep else 0
     saved = gates.new_empty((num_steps, batch, num_saved) if num_saved else (0,), dtype=wide)
-    source, _, _, _ = _turn(crow, col, hidden)
     grid = (triton.cdiv(hidden, _UNITS), batch)
     for t in range(num_steps - 1, -1, -1) if reverse else range(num_steps):
         launch(
@@ -274,7 +268,6 @@ def recurrence_forward(
             grid,
             gates,
             values,
-            source,
             crow,
             col,
             None if bias_n is None else bias_n.contiguous(),
@@ -318,7 +311,8 @@ def recurrence_backward(
     """Gradients of gates, h0, c0, values and bias_n; empty (0,) where there is none."""
     num_steps, batch, hidden = y.shape
     wide = _wide(y, h0, values)
-    _, source, ccol, row = _turn(crow, col, hidden)
+    order, ccol, row = _turn(crow, col, hidden)
+    by_column = values.contiguous() if values.is_meta else values[order]
     before = previous(y.to(wide), h0.to(wide), lengths, reverse).contiguous()
     c_before = _c_before(saved, c0, lengths, reverse, wide)
     saved, dy, y_wide = saved.to(wide).contiguous(), dy.to(wide).contiguous(), y.to(wide)
@@ -339,8 +333,7 @@ def recurrence_backward(
             saved,
             before,
             c_before,
-            values.contiguous(),
-            source,
+            by_column,
             ccol,
             row,
             lengths,
@@ -386,17 +379,15 @@ def recurrence_backward(
     )
 
 
-def _turn(crow: Tensor, col: Tensor, hidden: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """0 to N-1; the order (N,) by columns; where columns begin (H + 1,); their rows (N,)."""
+def _turn(crow: Tensor, col: Tensor, hidden: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The order (N,) by columns; where columns begin (H + 1,); their rows (N,)."""
     if col.is_meta:
-        return col, col, crow[: hidden + 1], col
+        return col, crow[: hidden + 1], col
     if col not in _turned:
         order = col.argsort(stable=True)
         begin = torch.zeros(hidden + 1, dtype=torch.int32, device=col.device)
         begin[1:] = col.long().bincount(minlength=hidden).cumsum(0)
-        same = torch.arange(col.shape[0], dtype=torch.int32, device=col.device)
-        rows = rows_of(crow, col)[order].to(torch.int32)
-        _turned[col] = (same, order.to(torch.int32), begin, rows)
+        _turned[col] = (order, begin, rows_of(crow, col)[order].to(torch.int32))
     turned: Any = _turned[col]
     return turned
 
