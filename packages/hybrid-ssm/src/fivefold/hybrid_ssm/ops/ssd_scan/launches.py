@@ -257,8 +257,9 @@ class Call:
 
     @property
     def product_tile(self) -> int:
-        """Values of state in a tile of the gradients of B and C: wide heads leave less room."""
-        return min(self.state_tile, 128 if self.head_tile <= 64 else 64)
+        """Values of state in a tile of the gradients of B and C, for which wide ones leave less."""
+        is_wide = self.head_tile > 64 or self.B.shape[3] > 128
+        return min(self.state_tile, 64 if is_wide else 128)
 
     def products(
         self,

@@ -15,7 +15,7 @@ from fivefold.hybrid_ssm.ops.checks import check_ids, check_limits, check_shapes
 from fivefold.hybrid_ssm.ops.documents import count_documents
 from fivefold.kernels.op import define
 
-BACKENDS = ("triton", "cpu", "reference")
+BACKENDS = ("triton", "cpu", "mamba", "reference")
 
 
 @define("fivefold_hybrid_ssm", backends=BACKENDS)
