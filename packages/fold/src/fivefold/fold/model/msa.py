@@ -134,17 +134,18 @@ class OuterProductMean(nn.Module):
     def forward(self, m: Tensor, mask: Tensor, chunk_size: int | None = None) -> Tensor:
         """The update (..., N, N, C) of the pairs from m (..., S, N, C) and mask (..., S, N)."""
         ab = self.linear_ab(self.layer_norm(m)) * mask.unsqueeze(-1)
-        a, b = ab.movedim(-3, -1).chunk(2, -2)  # (..., N, C, S)
+        a_snc, b_snd = ab.chunk(2, -1)
+        b = b_snd.flatten(-2)
         counts = (mask.mT @ mask).unsqueeze(-1)
-        right = b.flatten(-3, -2).mT
 
-        def some_residues(a: Tensor, counts: Tensor) -> Tensor:
-            # (..., i C, S) by (..., S, j D)
-            outer = (a.flatten(-3, -2) @ right).unflatten(-1, b.shape[-3:-1])
-            outer = outer.unflatten(-3, a.shape[-3:-1]).transpose(-2, -3)
+        def some_residues(a_isc: Tensor, counts: Tensor) -> Tensor:
+            a = a_isc.transpose(-2, -3).flatten(-2)
+            # (..., i C, S) by (..., S, j D), then (..., i, j, C, D)
+            outer = (a.mT @ b).unflatten(-1, b_snd.shape[-2:])
+            outer = outer.unflatten(-3, (-1, a_isc.shape[-1])).transpose(-2, -3)
             return self.linear_out(outer.flatten(-2)) / (counts + 1e-3)
 
-        return in_chunks(some_residues, (a, counts), chunk_size)
+        return in_chunks(some_residues, (a_snc.transpose(-2, -3), counts), chunk_size)
 
 
 def _with_channel(mask: Tensor | None) -> Tensor | None:
