@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from fivefold.hybrid_ssm.memory import ALONE, Context
+from fivefold.hybrid_ssm.norm import is_small
 from fivefold.kernels import relu2
 
 
@@ -22,4 +23,5 @@ class MLP(nn.Module):
 
     def forward(self, x_bsh: Tensor, context: Context = ALONE, name: str = "") -> Tensor:
         """Hidden states (..., H) to (..., H); each token by itself."""
-        return self.down_proj(relu2(self.up_proj(x_bsh)))
+        inner = self.up_proj(x_bsh)
+        return self.down_proj(inner.relu().square_() if is_small(inner) else relu2(inner))
