@@ -155,7 +155,7 @@ def _dense(x: Tensor | None) -> Tensor | None:
 
 @triton.jit
 def _document(row, tokens, num_tokens, HAS_DOCUMENTS: tl.constexpr):
-    """Of each token; what is before the first belongs to the first's."""
+    """Of each token; what is before the first belongs to the first's, and so past the last."""
     if HAS_DOCUMENTS:
         places = tl.minimum(tl.maximum(tokens, 0), num_tokens - 1)
         return tl.load(row + places)
@@ -265,7 +265,7 @@ def _forward_kernel(
     channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     channel_in = channels < num_channels
     x_at = x_ptr + sequence * x_sequence + channels[None, :]
-    initial_at, row, bias_at = x_at, x_ptr, x_ptr + channels
+    initial_at, row, bias_at = x_at, x_ptr, x_at
     if HAS_INITIAL:
         initial_at = initial_ptr + sequence * ((TAPS - 1) * num_channels) + channels[None, :]
     if HAS_DOCUMENTS:
@@ -298,8 +298,8 @@ def _forward_kernel(
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=inside)
     if tile == 0:
         for kept in tl.static_range(TAPS - 1):
-            token = (num_tokens - (TAPS - 1 - kept)) + tl.arange(0, 1).to(tl.int64)
-            last = _document(row, token * 0 + (num_tokens - 1), num_tokens, HAS_DOCUMENTS)
+            token = tl.full((1,), num_tokens - (TAPS - 1 - kept), tl.int64)
+            last = _document(row, token * 0 + num_tokens, num_tokens, HAS_DOCUMENTS)
             seen = _document(row, token, num_tokens, HAS_DOCUMENTS) == last
             x = _inputs(
                 x_at,
@@ -354,7 +354,7 @@ def _backward_kernel(
     channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     channel_in = channels < num_channels
     x_at = x_ptr + sequence * x_sequence + channels[None, :]
-    initial_at, row, bias_at = x_at, x_ptr, x_ptr + channels
+    initial_at, row, bias_at = x_at, x_ptr, x_at
     if HAS_INITIAL:
         initial_at = initial_ptr + sequence * ((TAPS - 1) * num_channels) + channels[None, :]
     if HAS_DOCUMENTS:
@@ -368,7 +368,7 @@ def _backward_kernel(
         x_at,
         initial_at,
         tokens,
-        tokens < num_tokens,
+        tokens == tokens,
         channel_in,
         num_tokens,
         num_channels,
@@ -417,7 +417,7 @@ def _backward_kernel(
         tl.store(sums_at + tap * num_channels, tl.sum(d * x, axis=0), mask=channel_in)
     if HAS_FINAL:
         rows = tokens - (num_tokens - (TAPS - 1))
-        last = _document(row, tokens * 0 + (num_tokens - 1), num_tokens, HAS_DOCUMENTS)
+        last = _document(row, tokens * 0 + num_tokens, num_tokens, HAS_DOCUMENTS)
         kept = (rows >= 0) & (rows < TAPS - 1) & (own == last)
         at = dfinal_ptr + (sequence * (TAPS - 1) + rows)[:, None] * num_channels
         mask = kept[:, None] & channel_in[None, :]
