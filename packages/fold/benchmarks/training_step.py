@@ -226,6 +226,15 @@ def _resident() -> int:
     return pages * resource.getpagesize()
 
 
+def memory_report(threads: int, checkout: Path) -> dict[str, object]:
+    """The peaks of memory of both, and their ratio."""
+    peaks = {
+        "ours": peak_memory(our_step, threads),
+        "reference": peak_memory(reference_step, threads, checkout),
+    }
+    return {"peak_bytes": peaks, "memory_ratio": peaks["ours"] / peaks["reference"]}
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -233,6 +242,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--no-memory", action="store_true", help="leave the peak of memory out")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     parameters = random_parameters()
@@ -255,10 +265,6 @@ def main() -> None:
             step()
             seconds[name].append(time.perf_counter() - start)
     median = {name: statistics.median(each) for name, each in seconds.items()}
-    memory = {
-        "ours": peak_memory(our_step, options.threads),
-        "reference": peak_memory(reference_step, options.threads, options.checkout),
-    }
     report = {
         "threads": options.threads,
         "torch": torch.__version__,
@@ -266,9 +272,9 @@ def main() -> None:
         "seconds": seconds,
         "median_seconds": median,
         "time_ratio": median["ours"] / median["reference"],
-        "peak_bytes": memory,
-        "memory_ratio": memory["ours"] / memory["reference"],
     }
+    if not options.no_memory:
+        report |= memory_report(options.threads, options.checkout)
     text = json.dumps(report, indent=2)
     print(text)
     if options.output:
