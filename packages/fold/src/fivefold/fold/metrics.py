@@ -27,7 +27,7 @@ _SHORTEST_FRAGMENT = 4
 
 
 def lddt_ca(predicted: Tensor, true: Tensor, mask: Tensor, *, per_residue: bool = False) -> Tensor:
-    """lDDT of alpha carbons (Mariani et al. 2013) of chains whose atoms are listed as 37.
+    """The lDDT of alpha carbons (Mariani et al. 2013) of chains whose atoms are listed as 37.
 
     Args:
         predicted: positions (..., R, 37, 3).
@@ -36,15 +36,13 @@ def lddt_ca(predicted: Tensor, true: Tensor, mask: Tensor, *, per_residue: bool 
         per_residue: a score of each residue (..., R), not one of the chain (...).
     """
     _check(predicted, true, mask)
-    return lddt(
-        predicted[..., CA, :], true[..., CA, :], mask[..., CA], per_point=per_residue
-    )  # fmt: skip
+    return lddt(predicted[..., CA, :], true[..., CA, :], mask[..., CA], per_point=per_residue)
 
 
 def lddt_all_atom(
     predicted: Tensor, true: Tensor, mask: Tensor, *, per_residue: bool = False
 ) -> Tensor:
-    """lDDT of all atoms; distances within a residue do not count.
+    """The lDDT of all atoms; distances within a residue do not count.
 
     Args:
         predicted: positions (..., R, P, 3).
