@@ -211,8 +211,6 @@ def _convolved(
 ):
     """What the activation takes, (tokens, channels); ``weight_at`` points into (W, K)."""
     y = tl.zeros((TOKENS, CHANNELS), COMPUTE)
-    if HAS_BIAS:
-        y += tl.load(bias_at, mask=channel_in, other=0).to(COMPUTE)[None, :]
     own = _document(row, tokens, num_tokens, HAS_DOCUMENTS)
     for tap in tl.static_range(TAPS):
         met = tokens - (TAPS - 1 - tap)
@@ -230,10 +228,9 @@ def _convolved(
             COMPUTE,
             TAPS - 1,
         )
-        y += (
-            x
-            * tl.load(weight_at + tap * num_channels, mask=channel_in, other=0).to(COMPUTE)[None, :]
-        )
+        y += x * tl.load(weight_at + tap * num_channels, channel_in, 0).to(COMPUTE)[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias_at, mask=channel_in, other=0).to(COMPUTE)[None, :]
     return y
 
 

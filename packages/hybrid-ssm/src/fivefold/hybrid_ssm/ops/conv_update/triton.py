@@ -41,6 +41,17 @@ def conv_update_step(
 
 
 @triton.jit
+def _move(y, state_at, weight_at, inside, row, COMPUTE: tl.constexpr, TAPS: tl.constexpr):
+    """``y`` plus what the state's rows add; each goes where the one before it was."""
+    for tap in tl.static_range(TAPS - 1):
+        kept = tl.load(state_at + tap * row, mask=inside, other=0)
+        y += kept.to(COMPUTE) * tl.load(weight_at + tap, mask=inside, other=0).to(COMPUTE)
+        if tap > 0:
+            tl.store(state_at + (tap - 1) * row, kept, inside)
+    return y
+
+
+@triton.jit
 def _step_kernel(
     state_ptr,
     x_ptr,
@@ -67,11 +78,7 @@ def _step_kernel(
     y = newest.to(COMPUTE) * tl.load(weight_at + (TAPS - 1), mask=inside, other=0).to(COMPUTE)
     if HAS_BIAS:
         y += tl.load(bias_ptr + channels, mask=inside, other=0).to(COMPUTE)
-    for tap in tl.static_range(TAPS - 1):
-        kept = tl.load(state_at + tap * state_row, mask=inside, other=0)
-        y += kept.to(COMPUTE) * tl.load(weight_at + tap, mask=inside, other=0).to(COMPUTE)
-        if tap > 0:
-            tl.store(state_at + (tap - 1) * state_row, kept, mask=inside)
+    y = _move(y, state_at, weight_at, inside, state_row, COMPUTE, TAPS)
     if TAPS > 1:
         tl.store(state_at + (TAPS - 2) * state_row, newest, mask=inside)
     if SILU:

@@ -267,7 +267,7 @@ def _left(
         places = tl.minimum(index % chunks * CHUNK + tokens, num_tokens - 1)
         document = tl.load(documents_ptr + index // chunks * num_tokens + places)
         sees = sees & (document[:, None] == document[None, :])
-    return tl.where(sees, tl.exp(tl.where(sees, log, 0)), 0)
+    return tl.where(sees, tl.exp(log), 0)
 
 
 @triton.jit
@@ -735,22 +735,25 @@ def _ddt_kernel(
     head_in = heads < num_heads
     inside = head_in[:, None] & (tokens < num_tokens)[None, :]
     index = sequence * num_heads + heads
-    sums = sums_ptr + index[:, None] * (SUMS * width) + tokens[None, :]
+    # Heads that there are not are those of the last one, and stored nowhere.
+    known = tl.minimum(heads, num_heads - 1)
+    known_index = sequence * num_heads + known
+    sums = sums_ptr + known_index[:, None] * (SUMS * width) + tokens[None, :]
     # What passes this token: taken by it or later ones from the state before the chunk, put in by
     # earlier ones and kept for later chunks, put in by earlier ones and taken by it or later ones.
     taken = tl.zeros((HEADS, CHUNK), COMPUTE)
     for part in tl.static_range(4, SUMS):
-        taken += tl.load(sums + part * width, mask=head_in[:, None], other=0)
+        taken += tl.load(sums + part * width)
     dlog = tl.cumsum(taken, axis=1, reverse=True)
-    dlog += tl.cumsum(tl.load(sums + width, mask=head_in[:, None], other=0), axis=1)
-    dlog += tl.load(sums + 3 * width, mask=head_in[:, None], other=0)
+    dlog += tl.cumsum(tl.load(sums + width), axis=1)
+    dlog += tl.load(sums + 3 * width)
     for part in tl.static_range(PAST):
-        past_at = past_ptr + (index * chunks + chunk) * PAST + part
-        dlog += tl.load(past_at, mask=head_in, other=0)[:, None]
-    a = tl.load(a_ptr + heads, mask=head_in, other=0).to(COMPUTE)
-    dsteps = tl.load(sums, mask=head_in[:, None], other=0) + dlog * a[:, None]
-    steps_at = decays_ptr + index[:, None] * (5 * width) + tokens[None, :]
-    da = tl.sum(dlog * tl.load(steps_at, mask=head_in[:, None], other=0), axis=1)
+        past_at = past_ptr + (known_index * chunks + chunk) * PAST + part
+        dlog += tl.load(past_at)[:, None]
+    a = tl.load(a_ptr + known).to(COMPUTE)
+    dsteps = tl.load(sums) + dlog * a[:, None]
+    steps_at = decays_ptr + known_index[:, None] * (5 * width) + tokens[None, :]
+    da = tl.sum(dlog * tl.load(steps_at), axis=1)
     tl.store(da_ptr + index * chunks + chunk, da, mask=head_in)
 
     at = dt_ptr + sequence * dt_sequence + tokens.to(tl.int64)[None, :] * dt_token
