@@ -3,6 +3,10 @@
 import os
 import signal
 
+# Before torch is imported: many ranks share few cores here, and threads of OpenMP that wait for
+# each other there take thirty times as long as one thread does.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 # Triton looks at TRITON_INTERPRET once, when it is imported, and libraries that tests of other

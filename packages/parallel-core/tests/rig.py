@@ -15,6 +15,7 @@ from fivefold.parallel_core.data_parallel import Precision
 from fivefold.parallel_core.data_parallel_config import DataParallelConfig
 from fivefold.parallel_core.documents import starts_of_lengths
 from fivefold.parallel_core.gradients import clip, global_norm, sum_partial
+from fivefold.parallel_core.launcher import rejoin
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.parameters import ParameterTable, Piece, initialise
 from fivefold.parallel_core.pipeline import Runner
@@ -225,11 +226,20 @@ def world_sum(value: float) -> float:
     return total.item()
 
 
+def fresh_topology(degrees: Mapping[str, int | str]) -> Topology:
+    """A layout of all ranks in a world of its own, without the groups of those before."""
+    if not dist.is_initialized():
+        return Topology(Layout(1, **degrees))  # type: ignore[arg-type]
+    rejoin()
+    return Topology(Layout(dist.get_world_size(), **degrees))  # type: ignore[arg-type]
+
+
 def make_job(case: Case, topology: Topology | None = None) -> Job:
-    """Build, initialise, and make the optimizer."""
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    if topology is None:
-        topology = Topology(Layout(world_size, **case.degrees))  # type: ignore[arg-type]
+    """Build, initialise, and make the optimizer.
+
+    Without a topology the ranks join anew first, and jobs made before can send nothing any more.
+    """
+    topology = topology or fresh_topology(case.degrees)
     layout, config = topology.layout, case.config
     schedule = case.schedule or ("1F1B" if case.stages_per_rank == 1 else "Interleaved1F1B")
     pipeline = PipelineConfig(

@@ -1,6 +1,7 @@
 """Saved under 20 layouts drawn at random, loaded under 20 others: the same bits, and training
 goes on as in one process."""
 
+import os
 import random
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from fivefold.parallel_core.checkpoint import Checkpoints, load_parts
 from fivefold.parallel_core.errors import LayoutError
-from fivefold.parallel_core.launcher import launch
+from fivefold.parallel_core.launcher import launch, rejoin
 from fivefold.parallel_core.layout import Layout
 
 from .rig import Case, Record, make_job, parallel_run, worst
@@ -16,7 +17,7 @@ from .test_checkpoint import copies, differing, parts_of
 from .toy import ToyConfig
 
 RANKS, COUNT = 8, 20
-CONFIG = ToyConfig(num_layers=4, num_experts=4)
+CONFIG = ToyConfig(num_layers=4, num_experts=4, bias=False)
 
 
 def layouts() -> list[dict[str, int]]:
@@ -46,7 +47,7 @@ def case(degrees: dict[str, int]) -> Case:
 
 def travel(
     folder: Path, first: Path, wholes: dict[str, Tensor], third: Record
-) -> tuple[list[str], float]:
+) -> tuple[list[str], float, int]:
     changed: list[str] = []
     error, drawn = 0.0, layouts()
     for index, (saving, loading) in enumerate(zip(drawn[:COUNT], drawn[COUNT:], strict=True)):
@@ -59,7 +60,9 @@ def travel(
         if index % 5 == 4:
             job.optimizer.set_steps(2)
             error = max(error, worst(job, parallel_run(job, steps=1), third)[0])
-    return changed, error
+    del job
+    rejoin()
+    return changed, error, len(os.listdir("/proc/self/task"))
 
 
 def test_twenty_layouts_to_twenty_others(tmp_path: Path) -> None:
@@ -68,6 +71,10 @@ def test_twenty_layouts_to_twenty_others(tmp_path: Path) -> None:
     wholes = copies(alone)
     first = Checkpoints(tmp_path / "first").save(2, parts_of(alone), {})
     third = parallel_run(alone, steps=1)
-    for changed, error in launch(travel, RANKS, tmp_path, first, wholes, third, timeout=300):
+    for changed, error, threads in launch(
+        travel, RANKS, tmp_path, first, wholes, third, timeout=300
+    ):
         assert changed == []
         assert error < 1e-12
+        # One group has about four; those of all forty layouts would have some hundreds.
+        assert threads < 12

@@ -6,17 +6,16 @@ five tokens of another count none, so that ranks of "cp" differ.
 """
 
 from collections.abc import Mapping
+from itertools import groupby
 from typing import Any
 
 import pytest
 
 from fivefold.parallel_core.data_parallel_config import DataParallelConfig
 from fivefold.parallel_core.launcher import launch
-from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.styles import SplitContext
-from fivefold.parallel_core.topology import Topology
 
-from .rig import Case, make_job, parallel_run, plain_run, worst
+from .rig import Case, fresh_topology, make_job, parallel_run, plain_run, worst
 from .toy import ToyConfig, resized
 
 TOLERANCE = 1e-12
@@ -96,15 +95,16 @@ FLAT = [(world_size, index) for world_size, cases in CASES.items() for index in 
 
 def errors_on_a_rank(world_size: int) -> list[tuple[float, str]]:
     """The largest error of every case on this rank, and of what."""
-    topologies: dict[str, Topology] = {}
-    found = []
-    for each in CASES[world_size]:
-        key = str(each.degrees)
-        if key not in topologies:
-            topologies[key] = Topology(Layout(world_size, **each.degrees))  # type: ignore[arg-type]
-        job = make_job(each, topologies[key])
-        found.append(worst(job, parallel_run(job), REFERENCES[each.config]))
-    return found
+    found: dict[int, tuple[float, str]] = {}
+    cases = CASES[world_size]
+    by_layout = sorted(range(len(cases)), key=lambda index: str(cases[index].degrees))
+    for _, indices in groupby(by_layout, lambda index: str(cases[index].degrees)):
+        some = list(indices)
+        topology = fresh_topology(cases[some[0]].degrees)
+        for index in some:
+            job = make_job(cases[index], topology)
+            found[index] = worst(job, parallel_run(job), REFERENCES[cases[index].config])
+    return [found[index] for index in range(len(cases))]
 
 
 REFERENCES: dict[ToyConfig, Any] = {}

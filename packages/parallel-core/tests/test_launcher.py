@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fivefold.parallel_core.errors import ConfigError, FollowUpError, ParallelError, RankError
-from fivefold.parallel_core.launcher import connect, disconnect, launch, under_torchrun
+from fivefold.parallel_core.launcher import connect, disconnect, launch, rejoin, under_torchrun
 from fivefold.parallel_core.launcher import rank as rank_module
 
 LONG = 120.0  # seconds; no test waits that long, it only ends one that hangs
@@ -507,6 +507,46 @@ class TestNothingIsLeft:
         assert multiprocessing.active_children() == []
         with pytest.raises(ChildProcessError):
             os.waitpid(-1, os.WNOHANG)
+
+
+class TestRejoin:
+    def test_gives_the_same_ranks_and_no_thread_of_groups_before(self) -> None:
+        def job() -> tuple[list[float], list[int]]:
+            sums, threads = [], []
+            for number in range(3):
+                rejoin()
+                group = dist.new_group(
+                    [dist.get_rank() // 2 * 2, dist.get_rank() // 2 * 2 + 1],
+                    use_local_synchronization=True,
+                )
+                total = torch.tensor(float(dist.get_rank() + number))
+                dist.all_reduce(total, group=group)
+                sums.append(total.item() + _sum_of_ranks())
+                threads.append(len(os.listdir("/proc/self/task")))
+                del group
+            return sums, threads
+
+        for rank, (sums, threads) in enumerate(launch(job, 4, timeout=LONG)):
+            pair = 4.0 * (rank // 2) + 1
+            assert sums == [pair + 6, pair + 8, pair + 10]
+            assert threads[2] <= threads[0], threads
+
+    def test_waits_for_a_late_rank(self) -> None:
+        def job() -> float:
+            if dist.get_rank() == 1:
+                time.sleep(0.5)
+            rejoin()
+            return _sum_of_ranks()
+
+        assert launch(job, 3, timeout=LONG) == [3.0] * 3
+
+    @pytest.mark.parametrize("init", [True, False])
+    def test_is_for_ranks_that_have_joined(self, init: bool) -> None:
+        with pytest.raises(ParallelError, match="for the ranks of launch"):
+            rejoin()
+        if not init:
+            with pytest.raises(RankError, match="for the ranks of launch"):
+                launch(rejoin, 1, init=False, timeout=LONG)
 
 
 def _free_port() -> int:

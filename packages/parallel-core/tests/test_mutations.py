@@ -42,7 +42,7 @@ from fivefold.parallel_core.tied import Twin
 from fivefold.parallel_core.topology import PP_ENDS, Axis, Topology
 
 from . import rig
-from .rig import Case, Record, make_job, parallel_run, plain_run, worst
+from .rig import Case, Record, fresh_topology, make_job, parallel_run, plain_run, worst
 from .toy import HEAD, TAIL, ExpertParallel, Toy, ToyConfig, plan
 
 # ---- what changes numbers ----------------------------------------------------------------------
@@ -350,7 +350,7 @@ def errors_on_a_rank(references: Mapping[str, Record]) -> dict[str, float]:
     """The largest error of the first steps, with each mutation and without."""
     found = {}
     for label, case in CONTROLS.items():
-        topology = Topology(Layout(8, **case.degrees))  # type: ignore[arg-type]
+        topology = fresh_topology(case.degrees)
         mutations = {name: m for name, (of, m) in MUTATIONS.items() if of is case}
         for name, mutation in {label: nullcontext, **mutations}.items():
             with mutation():

@@ -10,7 +10,7 @@ from fivefold.parallel_core.launcher import launch
 from fivefold.parallel_core.ledger import CommLedger
 from fivefold.parallel_core.overlap import Overlap
 
-from .rig import Case, Job, make_job, parallel_run
+from .rig import Case, Job, fresh_topology, make_job, parallel_run
 from .toy import ToyConfig
 
 
@@ -93,7 +93,8 @@ def begun_within_backward(job: Job) -> int:
 
 def differing(case: Case) -> tuple[list[str], int]:
     """Parameters that overlapping changes, and how many reductions it begins early."""
-    plain, early = (make_job(replace_data(case, overlap=overlap)) for overlap in (False, True))
+    topology = fresh_topology(case.degrees)
+    plain, early = (make_job(replace_data(case, overlap=o), topology) for o in (False, True))
     runs = [parallel_run(job, steps=2) for job in (plain, early)]
     names = [
         name

@@ -1,5 +1,6 @@
 """What torch calls differently from release to release, or does not do by itself."""
 
+import importlib
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -12,6 +13,7 @@ from torch.distributed import ProcessGroup, Work
 # torch 2.13 warns on the names that 2.11 and 2.12 know; looking them up by name keeps both quiet.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_CLEAR = "_clear_sharding_prop_cache"
 
 
 def all_gather_single(
@@ -73,3 +75,11 @@ def new_group(ranks: Sequence[int], backend: str | None = None) -> ProcessGroup:
         list(ranks), timeout=world_timeout(), backend=backend, use_local_synchronization=True
     )
     return group
+
+
+def forget_meshes() -> None:
+    """Let DTensor's memory of layouts go, which keeps their meshes' groups alive."""
+    # A tool for finding mistakes, and not there under this name in every release.
+    clear = getattr(importlib.import_module("torch.distributed.tensor.debug"), _CLEAR, None)
+    if clear is not None:
+        clear()

@@ -7,5 +7,6 @@ from fivefold.parallel_core.launcher.launch import (
     place,
     under_torchrun,
 )
+from fivefold.parallel_core.launcher.world import rejoin
 
-__all__ = ["connect", "disconnect", "launch", "place", "under_torchrun"]
+__all__ = ["connect", "disconnect", "launch", "place", "rejoin", "under_torchrun"]

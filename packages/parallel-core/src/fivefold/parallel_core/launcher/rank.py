@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from fivefold.parallel_core.background import wait_for_all
 from fivefold.parallel_core.errors import EXPECTED, FollowUpError
+from fivefold.parallel_core.launcher.world import join
 
 HEADER = struct.Struct("=cQ")
 """What precedes every message to the parent: its kind and the number of bytes that follow."""
@@ -135,7 +136,8 @@ def run_rank(
     torch.set_num_threads(job.threads)
     try:
         if job.init:
-            _join(rank, job, origin.folder / "rendezvous")
+            timeout = timedelta(seconds=job.collective_timeout)
+            join(rank, job.world_size, timeout, origin.folder / "rendezvous")
         result = fn(*args)
         wait_for_all()
         kind, body = RESULT, _pickled(result)
@@ -145,16 +147,6 @@ def run_rank(
     if kind == RESULT and dist.is_initialized():
         _linger(origin.release)
         dist.destroy_process_group()
-
-
-def _join(rank: int, job: Job, rendezvous: Path) -> None:
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{rendezvous}",
-        rank=rank,
-        world_size=job.world_size,
-        timeout=timedelta(seconds=job.collective_timeout),
-    )
 
 
 def _pickled(result: Any) -> bytes:
