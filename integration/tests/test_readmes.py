@@ -1,6 +1,7 @@
 """The Python examples of every README run, one after the other, as they stand.
 
-An example that needs what is not here has a comment above it that says so: ``<!-- not run: ... -->``.
+An example that needs what is not here has a comment above it that says so,
+``<!-- not run: ... -->``.
 """
 
 import re
