@@ -17,3 +17,7 @@ class FoldInputError(FoldError, ValueError):
 
 class FoldParametersError(FoldError, CheckpointError):
     """Parameter files that are missing, damaged, of another preset or with wrong names."""
+
+
+class FoldDataError(FoldError, ValueError):
+    """A structure, an alignment or a folder of them that cannot be used, with its name."""

@@ -1,0 +1,1 @@
+"""From files of structures and alignments to what the network is fed."""
