@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from fivefold.parallel_core.background import wait_for_all
 from fivefold.parallel_core.errors import ConfigError, ParallelError
+from fivefold.parallel_core.launcher.meeting import meet
 from fivefold.parallel_core.launcher.rank import TORCHRUN, Job, identity, use_loopback
 
 T = TypeVar("T")
@@ -173,7 +174,10 @@ def _join_torchrun(device_type: str | None, timeout: timedelta) -> None:
         options = {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         use_loopback()
-    dist.init_process_group(timeout=timeout, **options)
+    store, rank, world_size = meet(timeout)
+    dist.init_process_group(
+        store=store, rank=rank, world_size=world_size, timeout=timeout, **options
+    )
 
 
 def _cuda_device(local_rank: int) -> torch.device:
