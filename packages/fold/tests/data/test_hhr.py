@@ -28,8 +28,8 @@ def test_damage_is_named(unpacked: Any) -> None:
     text = unpacked("hits/hhpred_9590198.hhr.gz")
     with pytest.raises(FoldDataError, match="hit 1 has no line with Aligned_cols"):
         parse_hhr(text.replace("Aligned_cols", "Columns"))
-    start = text.index("\nQ ", text.index("\nNo 1"))
-    row = text[start + 1 : text.index("\n", start + 1)]
+    rows = [line for line in text.splitlines() if line.startswith("Q ") and "(" in line]
+    row = next(line for line in rows if "Consensus" not in line)
     letters = row.split()[3]
     with pytest.raises(FoldDataError, match=r"hit 1 has a row of .* residues that is numbered"):
         parse_hhr(text.replace(row, row.replace(letters, "-" + letters[1:]), 1))
