@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -130,8 +131,7 @@ def copy_to_rows(tokens_nh: Tensor, routing: LocalRouting, num_copies: int) -> T
 
 def sum_copies(rows: Tensor, weights_nk: Tensor, routing: LocalRouting) -> Tensor:
     """Grouped rows (rows, H) and gate weights (N, K) to tokens (N, H)."""
-    copies = _TakeRows.apply(rows, routing.inverse, routing.order, 1, routing.whole)
-    return (copies.unflatten(0, weights_nk.shape) * weights_nk.unsqueeze(-1)).sum(dim=1)
+    return _SumCopies.apply(rows, weights_nk, routing.order, routing.inverse, routing.whole)
 
 
 def take_rows(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
@@ -172,3 +172,35 @@ class _TakeRows(torch.autograd.Function):
         if ctx.num_copies > 1:
             grad = grad.unflatten(0, (-1, ctx.num_copies)).sum(dim=1)
         return grad, None, None, None, None
+
+
+class _SumCopies(torch.autograd.Function):
+    """Each token's rows, weighed and summed, without a copy of the rows in the tokens' order."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, weights_nk: Tensor, order: Tensor, inverse: Tensor, whole: bool
+    ) -> Tensor:
+        ctx.save_for_backward(rows, weights_nk, order, inverse)
+        ctx.whole = whole
+        if not len(rows) or not weights_nk.numel():
+            return rows.new_zeros(len(weights_nk), rows.shape[1])
+        places_nk = inverse.view(weights_nk.shape)
+        weights_nk = weights_nk.to(rows.dtype)
+        if not whole:
+            weights_nk = weights_nk.masked_fill(places_nk < 0, 0)
+            places_nk = places_nk.clamp(min=0)
+        return F.embedding_bag(places_nk, rows, mode="sum", per_sample_weights=weights_nk)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        rows, weights_nk, order, inverse = ctx.saved_tensors
+        num_copies = weights_nk.shape[1]
+        # In the rows' order, where each row meets its token's gradient and its weight once.
+        grad_rows = _TakeRows.apply(grads[0], order, inverse, num_copies, ctx.whole)
+        flat = weights_nk.reshape(-1, 1)
+        weights = _TakeRows.apply(flat, order, inverse, 1, ctx.whole)
+        grad_weights = torch.linalg.vecdot(grad_rows, rows).unsqueeze(-1)
+        grad_weights = _TakeRows.apply(grad_weights, inverse, order, 1, ctx.whole)
+        grad_weights = grad_weights.view(weights_nk.shape).to(weights_nk.dtype)
+        return grad_rows * weights.to(rows.dtype), grad_weights, None, None, None
