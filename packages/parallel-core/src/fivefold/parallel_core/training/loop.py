@@ -1,172 +1,33 @@
 """The training loop: a parallel model, a loss and batches in, finished steps out."""
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fivefold.parallel_core.build import ParallelModel
-from fivefold.parallel_core.checkpoint import Checkpoints, Retention, TensorPart
+from fivefold.parallel_core.checkpoint import Checkpoints, TensorPart
 from fivefold.parallel_core.collectives import sum_over
-from fivefold.parallel_core.config import Config
-from fivefold.parallel_core.data_parallel import Precision
-from fivefold.parallel_core.data_parallel_config import DataParallelConfig
 from fivefold.parallel_core.errors import CheckpointError, ConfigError, ParallelError
 from fivefold.parallel_core.gradients import clip, global_norm, sum_partial
 from fivefold.parallel_core.pipeline import Runner
-from fivefold.parallel_core.pipeline_config import PipelineConfig
 from fivefold.parallel_core.rng import seed_ranks
+from fivefold.parallel_core.training.config import TrainingConfig
+from fivefold.parallel_core.training.ends import Batches, Outcome, Report
 from fivefold.parallel_core.training.optimizer import (
     TORCH_ADAMW,
-    AdamWConfig,
     MakeAdamW,
     ShardedAdamW,
 )
-from fivefold.parallel_core.training.schedule import WarmupCosine
 from fivefold.parallel_core.training.state import Progress, load_state, save_state
+from fivefold.parallel_core.training.stopping import StopRequest
 from fivefold.parallel_core.training.totals import Totals
 
-_SAME_STROKE = 2.0  # seconds in which a second Ctrl-C is taken for the first one
-
-Report = Callable[[int, Mapping[str, float]], None]
-"""Called on rank 0 with the number of finished steps and what was measured."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingConfig(Config):
-    """A training run.
-
-    Attributes:
-        steps: optimizer steps in all.
-        global_batch_size: sequences in a step, over all ranks.
-        microbatch_size: sequences that go through the model at once on one rank.
-        sequence_length: tokens in a sequence.
-        seed: of the initial weights and of the order of the data.
-        gradient_clip: largest global norm of the gradient; None for no limit.
-        skip_nonfinite: how many steps in a row may have a gradient that is not finite: such a step
-            changes nothing and is counted; one more stops the run.
-        evaluate_every: steps between evaluations on held-out text, besides the one at the end;
-            None for only that one.
-        evaluation_sequences: held-out sequences of an evaluation; None for all.
-        checkpoint_every: steps between checkpoints, besides the one at the end.
-        keep_checkpoints: newest checkpoints that are kept.
-        keep_checkpoints_every: checkpoints after a multiple of so many steps are kept as well.
-        keep_best_checkpoints: how many with the lowest held-out loss are kept as well.
-        checkpoint_in_background: let training go on while a checkpoint is written; it holds the
-            values of its step. Takes memory of the host for one copy of what a rank holds.
-        optimizer: constants of AdamW.
-        schedule: learning rate.
-        precision: dtypes.
-        data_parallel: what is sharded over the ranks that see other data.
-        pipeline: schedule over the pipeline ranks.
-        recompute: what backward recomputes instead of keeping it: "none", "selective", "full", or
-            regions of the model joined by "+".
-    """
-
-    steps: int
-    global_batch_size: int
-    microbatch_size: int
-    sequence_length: int
-    seed: int = 0
-    gradient_clip: float | None = 1.0
-    skip_nonfinite: int = 10
-    evaluate_every: int | None = None
-    evaluation_sequences: int | None = None
-    checkpoint_every: int = 100
-    keep_checkpoints: int = 2
-    keep_checkpoints_every: int | None = None
-    keep_best_checkpoints: int = 0
-    checkpoint_in_background: bool = False
-    optimizer: AdamWConfig = field(default_factory=AdamWConfig)
-    schedule: WarmupCosine
-    precision: Precision = field(default_factory=Precision)
-    data_parallel: DataParallelConfig = field(default_factory=DataParallelConfig)
-    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
-    recompute: str = "none"
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "global_batch_size", "microbatch_size", "sequence_length"):
-            _at_least_one(name, getattr(self, name))
-        for name in (
-            "checkpoint_every",
-            "keep_checkpoints",
-            "keep_checkpoints_every",
-            "evaluate_every",
-            "evaluation_sequences",
-        ):
-            if getattr(self, name) is not None:
-                _at_least_one(name, getattr(self, name))
-        for name in ("skip_nonfinite", "keep_best_checkpoints"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)}; it must be at least 0")
-        if self.gradient_clip is not None and not self.gradient_clip > 0:
-            raise ConfigError(
-                f"gradient_clip={self.gradient_clip}; a positive norm, or leave it out for none"
-            )
-
-    @property
-    def retention(self) -> Retention:
-        """Which checkpoints are kept."""
-        return Retention(
-            last=self.keep_checkpoints,
-            every=self.keep_checkpoints_every,
-            best=self.keep_best_checkpoints,
-        )
-
-    def num_microbatches(self, dp: int, pp: int) -> int:
-        """Microbatches of a step on one rank.
-
-        Raises:
-            ConfigError: the batch does not divide, or the schedule needs more microbatches.
-        """
-        share = dp * self.microbatch_size
-        if self.global_batch_size % share:
-            raise ConfigError(
-                f"global_batch_size={self.global_batch_size} is not a multiple of dp * "
-                f"microbatch_size = {dp} * {self.microbatch_size} = {share}"
-            )
-        count = self.global_batch_size // share
-        self.pipeline.check(pp, count)
-        return count
-
-
-def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise ConfigError(f"{name}={value}; it must be at least 1")
-
-
-class Batches(Protocol):
-    """Training batches, addressed by step."""
-
-    def batch(self, step: int) -> tuple[Tensor, ...]:
-        """This rank's inputs and targets of a step, (B, S) each.
-
-        Where documents are packed also starts of documents, as ``Runner.train`` takes them.
-        """
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a call of ``Trainer.fit`` ended.
-
-    Attributes:
-        step: finished steps.
-        finished: False where it was asked to stop before.
-        heldout_loss: mean loss in nats a token on the held-out text, of the last evaluation.
-    """
-
-    step: int
-    finished: bool
-    heldout_loss: float | None
+__all__ = ["Batches", "Outcome", "Report", "Trainer", "TrainingConfig"]
 
 
 class Trainer:
@@ -226,7 +87,7 @@ class Trainer:
         self._ignore_index = ignore_index
         self._totals = Totals(self.topology.world)
         self._heldout_totals = Totals(self.topology.world)
-        self._stop = False
+        self._stop = StopRequest()
 
     def resume(self) -> int:
         """Go on from the newest whole checkpoint, if there is one, whatever layout wrote it.
@@ -284,7 +145,7 @@ class Trainer:
         Raises:
             CheckpointError: a checkpoint cannot be written, in the background or not.
         """
-        with self._stop_on_signals(), self._saved_in_the_end():
+        with self._stop.heard(), self._saved_in_the_end():
             while self.step < self.config.steps:
                 stop = self.train_step()
                 last = self.step == self.config.steps
@@ -383,7 +244,7 @@ class Trainer:
         return self._totals.sum(
             {
                 "loss": self._once_per_tp(loss),
-                "stop": torch.tensor(float(self._stop), device=loss.device),
+                "stop": torch.tensor(float(self._stop.asked), device=loss.device),
                 "unsaved": torch.tensor(float(self._could_not_save()), device=loss.device),
                 **self.model.drain_side_outputs(),
             }
@@ -420,29 +281,3 @@ class Trainer:
     def _tell(self, measured: Mapping[str, float]) -> None:
         if self.report is not None and self.topology.world_rank == 0:
             self.report(self.step, measured)
-
-    @contextmanager
-    def _stop_on_signals(self) -> Iterator[None]:
-        """Finish the step at hand when asked to end; only a main thread can be asked."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        asked = -math.inf
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            nonlocal asked
-            # Launchers pass on the Ctrl-C that the terminal has sent to this process already.
-            if self._stop and number == signal.SIGINT and time.monotonic() - asked > _SAME_STROKE:
-                raise KeyboardInterrupt
-            self._stop, asked = True, time.monotonic()
-
-        # Forked ranks ignore SIGINT: there the launcher counts it and sends SIGTERM.
-        by_hand = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        numbers = [signal.SIGTERM, signal.SIGINT] if by_hand else [signal.SIGTERM]
-        earlier = {number: signal.signal(number, ask) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in earlier.items():
-                signal.signal(number, handler)
-            self._stop = False
