@@ -49,12 +49,13 @@ class Rank:
     differing: list[str]
     pieces: list[dict[str, bool]]
     error: float
+    sent_by_copies: dict[tuple[str, str], tuple[int, float]]
     sent: dict[tuple[str, str], tuple[int, float]]
     equal_after: dict[str, torch.Tensor]
 
 
 def travel(folder: Path, path: Path, third: object) -> Rank:
-    changed, pieces = [], []
+    changed, pieces, sent = [], [], []
     for index, case in enumerate(CHAIN):
         job = make_job(case)
         load_parts(path, parts_of(job))
@@ -62,9 +63,16 @@ def travel(folder: Path, path: Path, third: object) -> Rank:
         changed += differing(job, WHOLES)
         pieces.append({piece.name: piece.counted for piece in job.pieces})
         path = Checkpoints(folder / str(index + 1)).save(2, parts_of(job), {})
+        sent.append(sent_by_the_sums(job))
+        zero_gradients(job)
     error, _ = worst(job, parallel_run(job, steps=1), third)  # type: ignore[arg-type]
     after = {p.name: p.tensor.clone() for p in job.pieces if p.name == EMBEDDING}
-    return Rank(changed, pieces, error, sent_by_the_sums(job), after)
+    return Rank(changed, pieces, error, sent[0], sent[-1], after)
+
+
+def zero_gradients(job: Job) -> None:
+    for piece in job.pieces:
+        piece.parameter.grad = None
 
 
 def sent_by_the_sums(job: Job) -> dict[tuple[str, str], tuple[int, float]]:
@@ -126,6 +134,20 @@ def test_the_ends_exchange_one_gradient(ranks: tuple[Path, list[Rank]]) -> None:
     """An all-reduce over two ranks sends as many bytes as it has: half of the padded vocabulary."""
     for rank in ranks[1]:
         assert rank.sent["all_reduce", "pp-ends"] == (1, 38 / 2 * CONFIG.hidden_size * 8)
+
+
+def test_ranks_with_the_same_key_head_exchange_its_gradient(
+    ranks: tuple[Path, list[Rank]],
+) -> None:
+    """Four ranks, two key heads: each pair sends keys and values of one head, all layers at once.
+
+    An all-reduce over two ranks sends as many bytes as it has.
+    """
+    head_dim = CONFIG.hidden_size // CONFIG.num_heads
+    of_a_head = head_dim * (CONFIG.hidden_size + 1)  # with its bias
+    for rank in ranks[1]:
+        found = rank.sent_by_copies["all_reduce", "tp%2"]
+        assert found == (1, CONFIG.num_layers * 2 * of_a_head * 8)
 
 
 # ---- forms of data parallelism ---------------------------------------------------------------

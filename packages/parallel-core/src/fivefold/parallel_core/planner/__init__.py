@@ -1,0 +1,1 @@
+"""Which mapping to train with, from arithmetic alone: memory, FLOPs, messages, time. No torch."""
