@@ -6,12 +6,11 @@ A rank holds, beside its own pieces, one tensor, one box of it on its way in, an
 round on their way out.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import IO, Protocol, TypeVar
+from typing import IO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,8 +20,8 @@ from fivefold.parallel_core.box import Box
 from fivefold.parallel_core.errors import CheckpointError
 from fivefold.parallel_core.files import synced_file, temporary_name
 from fivefold.parallel_core.hub.header import Entry, plan_header
+from fivefold.parallel_core.hub.shared_table import HeldPiece, OnDisk, Part, Sources, make_table
 from fivefold.parallel_core.hub.writer import (
-    Spec,
     checked,
     file_names,
     index_of,
@@ -34,59 +33,9 @@ from fivefold.parallel_core.hub.writer import (
 )
 from fivefold.parallel_core.together import Together
 
+__all__ = ["HeldPiece", "Sources", "write_together"]
+
 T = TypeVar("T")
-
-
-class HeldPiece(Protocol):
-    """What a rank holds of a tensor: its name, its values, their box and the whole shape."""
-
-    @property
-    def name(self) -> str:
-        """Global name."""
-        ...
-
-    @property
-    def tensor(self) -> Tensor:
-        """The values, of shape ``box.size``."""
-        ...
-
-    @property
-    def box(self) -> Box:
-        """Where they lie."""
-        ...
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the whole tensor."""
-        ...
-
-
-Sources = Callable[[str, tuple[int, ...]], Iterable[tuple[str, tuple[int, ...]]]]
-"""Global name and shape to ``(disk name, index)`` pairs, as ``fill`` takes them: ``global[index]``
-is the tensor on disk. No pairs leave a parameter out."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A box of a tensor on disk, and the rank that sends it."""
-
-    rank: int
-    box: Box
-
-
-@dataclass(slots=True)
-class _OnDisk:
-    """One tensor of a file.
-
-    Attributes:
-        spec: name on disk, shape, dtype.
-        source: global name, and the box of the global tensor that it is.
-        parts: what each rank sends of it, in coordinates of ``source``'s box.
-    """
-
-    spec: Spec
-    source: tuple[str, Box]
-    parts: list[_Part]
 
 
 def write_together(
@@ -122,39 +71,12 @@ def write_together(
     together = Together()
     try:
         return _Write(Path(folder), pieces, dtype, together).run(
-            _table(together, pieces, sources, dtype), max_shard_size, metadata or {"format": "pt"}
+            make_table(together, pieces, sources, dtype),
+            max_shard_size,
+            metadata or {"format": "pt"},
         )
     except OSError as error:
         raise CheckpointError(f"the model cannot be written to {folder}: {error}") from None
-
-
-def _table(
-    together: Together, pieces: Sequence[HeldPiece], sources: Sources, dtype: torch.dtype | None
-) -> list[_OnDisk]:
-    """Every tensor on disk and who sends what of it; the same on every rank."""
-    mine = [(p.name, tuple(p.shape), dtype or p.tensor.dtype, p.box) for p in pieces]
-    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    holders: dict[str, dict[Box, int]] = {}
-    for rank, found in enumerate(together.gather(mine)):
-        for name, shape, kind, box in found:
-            shapes[name] = (shape, kind)
-            if box.numel:
-                holders.setdefault(name, {}).setdefault(box, rank)
-    table = []
-    for name, (shape, kind) in shapes.items():
-        for disk_name, index in sources(name, shape):
-            rest = shape[len(index) :]
-            source = Box(index + (0,) * len(rest), (1,) * len(index) + rest)
-            found = [(r, source.intersect(box)) for box, r in holders.get(name, {}).items()]
-            parts = [_Part(r, common.within(source)) for r, common in found if common.numel]
-            covered = sum(part.box.numel for part in parts)
-            if covered != source.numel:
-                raise CheckpointError(
-                    f"{disk_name!r} of shape {rest} has {source.numel} elements, the ranks hold "
-                    f"{covered} of them"
-                )
-            table.append(_OnDisk((disk_name, rest, kind), (name, source), parts))
-    return table
 
 
 class _Write:
@@ -172,7 +94,7 @@ class _Write:
         self.failed: OSError | None = None
 
     def run(
-        self, table: list[_OnDisk], max_shard_size: int | str, metadata: Mapping[str, str]
+        self, table: list[OnDisk], max_shard_size: int | str, metadata: Mapping[str, str]
     ) -> list[Path]:
         shards = split(checked(on_disk.spec for on_disk in table), num_bytes(max_shard_size))
         names = file_names(len(shards))
@@ -199,7 +121,7 @@ class _Write:
         remove(self.folder.glob(".model*.partial-*"))  # of a save that was killed
 
     def _write_files(
-        self, files: Sequence[tuple[Path, list[_OnDisk]]], metadata: Mapping[str, str]
+        self, files: Sequence[tuple[Path, list[OnDisk]]], metadata: Mapping[str, str]
     ) -> None:
         """Write as many files at once as there are ranks; the i-th is rank i's."""
         with ExitStack() as stack:
@@ -218,7 +140,7 @@ class _Write:
         self,
         stack: ExitStack,
         path: Path,
-        tensors: Sequence[_OnDisk],
+        tensors: Sequence[OnDisk],
         metadata: Mapping[str, str],
     ) -> tuple[IO[bytes], int, Mapping[str, Entry]]:
         specs = {t.spec[0]: (tuple(t.spec[1]), t.spec[2]) for t in tensors}
@@ -229,7 +151,7 @@ class _Write:
 
     def _round(
         self,
-        wave: Sequence[_OnDisk | None],
+        wave: Sequence[OnDisk | None],
         mine: tuple[IO[bytes], int, Mapping[str, Entry]] | None,
     ) -> None:
         """One tensor of each file: boxes go to the writers, and these write."""
@@ -251,7 +173,7 @@ class _Write:
     def _rank(self) -> int:
         return self.together.rank
 
-    def _values(self, on_disk: _OnDisk, part: _Part) -> Tensor:
+    def _values(self, on_disk: OnDisk, part: Part) -> Tensor:
         """This rank's values of a part, as bytes, since gloo does not know every dtype."""
         name, source = on_disk.source
         piece = self.pieces[name]
@@ -260,7 +182,7 @@ class _Write:
         values = piece.tensor.detach()[there.slices].to("cpu", self.dtype or piece.tensor.dtype)
         return values.contiguous().view(-1).view(torch.uint8)
 
-    def _receive(self, on_disk: _OnDisk) -> Tensor:
+    def _receive(self, on_disk: OnDisk) -> Tensor:
         _, source = on_disk.source
         kind = on_disk.spec[2]
         whole = torch.empty(source.size, dtype=kind)
@@ -275,7 +197,7 @@ class _Write:
 
     def _put(
         self,
-        on_disk: _OnDisk,
+        on_disk: OnDisk,
         whole: Tensor,
         mine: tuple[IO[bytes], int, Mapping[str, Entry]] | None,
     ) -> None:

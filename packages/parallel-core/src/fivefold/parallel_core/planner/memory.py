@@ -1,0 +1,149 @@
+"""Bytes on one pipeline rank, term by term: what is trained, and what a step adds."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from fivefold.parallel_core.data_parallel_config import Form
+from fivefold.parallel_core.planner.activations import Local, Terms, ends_terms, layer_bytes
+from fivefold.parallel_core.planner.held import peak_held
+from fivefold.parallel_core.planner.models import ModelShape
+from fivefold.parallel_core.planner.parameters import ends_parameters, layer_parameters
+from fivefold.parallel_core.planner.setup import Setup
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageMemory:
+    """What one pipeline rank holds at its peak.
+
+    Attributes:
+        rank: of the pipeline.
+        terms: bytes by name.
+    """
+
+    rank: int
+    terms: Terms
+
+    @property
+    def total(self) -> int:
+        """Sum of the terms."""
+        return sum(self.terms.values())
+
+
+@lru_cache(maxsize=65536)
+def split_layers(layers: str, num_stages: int) -> tuple[str, ...]:
+    """Layers of each stage, as even as can be, the earlier stages taking what is left over."""
+    few, more = divmod(len(layers), num_stages)
+    ends = [few * (i + 1) + min(i + 1, more) for i in range(num_stages)]
+    return tuple(layers[a:b] for a, b in zip([0, *ends], ends, strict=False))
+
+
+def memory(model: ModelShape, setup: Setup) -> list[StageMemory]:
+    """Every pipeline rank's memory; ``setup`` has passed ``check``."""
+    return [stage_memory(model, setup, rank) for rank in range(setup.pp)]
+
+
+def stage_memory(model: ModelShape, setup: Setup, rank: int) -> StageMemory:
+    """One pipeline rank's memory."""
+    terms = state_terms(model, setup, rank) | activation_terms(model, setup, rank)
+    terms["workspace"] = workspace(model, setup, rank)
+    return StageMemory(rank=rank, terms={name: n for name, n in terms.items() if n})
+
+
+def stages_of(model: ModelShape, setup: Setup, rank: int) -> list[tuple[int, str]]:
+    """Index and layers of each stage of a pipeline rank."""
+    pipeline = setup.pipeline
+    split = split_layers(model.layers, setup.pp * pipeline.stages_per_rank)
+    indices = sorted(
+        pipeline.stage_index(rank, part, setup.pp) for part in range(pipeline.stages_per_rank)
+    )
+    return [(index, split[index]) for index in indices]
+
+
+def _ends(setup: Setup, indices: list[int]) -> tuple[bool, bool]:
+    return 0 in indices, setup.pp * setup.pipeline.stages_per_rank - 1 in indices
+
+
+def stage_parameters(model: ModelShape, setup: Setup, rank: int) -> tuple[int, int]:
+    """Parameters on a rank before data ranks share them: all but the experts', the experts'."""
+    stages = stages_of(model, setup, rank)
+    layers = "".join(letters for _, letters in stages)
+    dense = ends_parameters(model, setup.tp, *_ends(setup, [index for index, _ in stages]))
+    experts = 0
+    for letter in set(layers):
+        count = layer_parameters(model, letter, setup.tp, setup.ep, setup.etp)
+        dense += layers.count(letter) * count.dense
+        experts += layers.count(letter) * count.experts
+    return dense, experts
+
+
+def state_terms(model: ModelShape, setup: Setup, rank: int) -> Terms:
+    """Weights, gradients and optimizer, of the experts by themselves."""
+    dense, experts = stage_parameters(model, setup, rank)
+    terms = _states(setup, "dense", dense, "dp-cp", setup.dp * setup.cp)
+    return terms | _states(setup, "experts", experts, "edp", setup.edp)
+
+
+def _states(setup: Setup, name: str, count: int, data: str, num_ranks: int) -> Terms:
+    form = setup.data.form_of(data)
+    ranks = setup.data.shard_size_of(data, num_ranks)
+    weights, gradients, optimizer = _shards(form, ranks)
+    return {
+        f"{name}.weights": setup.weight_size * -(-count // weights),
+        f"{name}.gradients": setup.gradient_size * -(-count // gradients),
+        f"{name}.optimizer": setup.optimizer_size * -(-count // optimizer),
+    }
+
+
+def _shards(form: Form, ranks: int) -> tuple[int, int, int]:
+    """Ranks that share weights, gradients, optimizer between steps (arXiv 1910.02054)."""
+    whole = form in ("replicate", "zero1")
+    return (1 if whole else ranks, 1 if whole else ranks, 1 if form == "replicate" else ranks)
+
+
+def activation_terms(model: ModelShape, setup: Setup, rank: int) -> Terms:
+    """What autograd keeps at the schedule's peak."""
+    local = Local.of(setup)
+    stages = stages_of(model, setup, rank)
+    sizes = [sum(layer_bytes(model, local, x) for x in letters) for _, letters in stages]
+    first, last = _ends(setup, [index for index, _ in stages])
+    count = setup.num_microbatches
+    held = min(count, setup.pp) if setup.pp > 1 else 1
+    if setup.pipeline.schedule == "GPipe" and setup.pp > 1:
+        held = count
+    terms = {"layers": peak_held(setup.pipeline, rank, setup.pp, count, sizes)}
+    return terms | ends_terms(model, local, first, last, held)
+
+
+def workspace(model: ModelShape, setup: Setup, rank: int) -> int:
+    """What a layer makes and drops: its recomputed activations, or gathered rows and gradients.
+
+    The larger of one layer as it is without recomputation (when layers are recomputed) and the
+    gradients that flow through its widest product; and the gathered parameters of two layers under
+    ZeRO-2 and ZeRO-3.
+    """
+    local = Local.of(setup)
+    letters = set("".join(letters for _, letters in stages_of(model, setup, rank)))
+    return max(_transient(model, setup, local, letter) for letter in letters)
+
+
+def _transient(model: ModelShape, setup: Setup, local: Local, letter: str) -> int:
+    whole = layer_bytes(model, _stored(local), letter)
+    flows = whole if local.recompute == "full" else whole - layer_bytes(model, local, letter)
+    gathered = 2 * local.element_size * local.tokens * model.hidden
+    count = layer_parameters(model, letter, setup.tp, setup.ep, setup.etp)
+    for data, parameters in (("dp-cp", count.dense), ("edp", count.experts)):
+        if setup.data.form_of(data) in ("zero2", "zero3"):
+            gathered += 2 * setup.element_size * parameters
+    return flows + gathered
+
+
+@lru_cache(maxsize=4096)
+def _stored(local: Local) -> Local:
+    names = Local.__dataclass_fields__
+    return Local(**{name: getattr(local, name) for name in names} | {"recompute": "none"})
+
+
+def boundary_saving(model: ModelShape, setup: Setup, rank: int) -> int:
+    """What freeing a stage's sent output saves (arXiv 2205.05198, appendix B): undivided by tp."""
+    held = min(setup.num_microbatches, setup.pp - rank)
+    return setup.element_size * setup.microbatch * setup.length * model.hidden * held
