@@ -205,9 +205,7 @@ def make_trainer(config: RunConfig, topology: Topology, folder: Path | None) -> 
         _runner(config, model),
         training_batches(training, dataset, topology, split),
         heldout_batches(training, dataset, topology, split),
-        checkpoints=Checkpoints(folder / CHECKPOINTS, training.retention)
-        if folder
-        else None,
+        checkpoints=Checkpoints(folder / CHECKPOINTS, training.retention) if folder else None,
         identity={
             "data": dataset.fingerprint,
             "packed": config.packed,

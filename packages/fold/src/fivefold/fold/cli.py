@@ -1,0 +1,45 @@
+"""The command ``fivefold-fold``; torch is imported only once there is something to run."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from fivefold.fold.data.command import add_prepare, run_prepare
+from fivefold.fold.errors import FoldError
+from fivefold.parallel_core.commands import run_command
+
+_VERBS = {"prepare": (add_prepare, run_prepare, "read structures and alignments into shards")}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        0 where all went well, 1 where it failed, 2 where the command line was wrong, 130 where
+        it was interrupted.
+    """
+    options = _parser().parse_args(arguments)
+    _, run, _ = _VERBS[options.command]
+    return run_command(
+        "fivefold-fold", lambda: run(options), expected=(FoldError,), debug=options.debug
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fivefold-fold", description="Data for AlphaFold 2, as the network is trained on it."
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"%(prog)s {version('fivefold-fold')}"
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (add, _, text) in _VERBS.items():
+        command = commands.add_parser(name, help=text)
+        add(command)
+        command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
