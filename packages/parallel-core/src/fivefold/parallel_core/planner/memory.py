@@ -1,11 +1,12 @@
 """Bytes on one pipeline rank, term by term: what is trained, and what a step adds."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
 from fivefold.parallel_core.data_parallel_config import Form
 from fivefold.parallel_core.planner.activations import Local, Terms, ends_terms, layer_bytes
-from fivefold.parallel_core.planner.held import peak_held
+from fivefold.parallel_core.planner.held import CLOSED, peak_held
 from fivefold.parallel_core.planner.models import ModelShape
 from fivefold.parallel_core.planner.parameters import ends_parameters, layer_parameters
 from fivefold.parallel_core.planner.setup import Setup
@@ -57,6 +58,18 @@ def stages_of(model: ModelShape, setup: Setup, rank: int) -> list[tuple[int, str
         pipeline.stage_index(rank, part, setup.pp) for part in range(pipeline.stages_per_rank)
     )
     return [(index, split[index]) for index in indices]
+
+
+def telling_ranks(model: ModelShape, setup: Setup) -> Iterable[int]:
+    """Pipeline ranks among which the fullest and the slowest are.
+
+    Where all layers are alike the first rank has as many of them and of microbatches as any, so
+    only the last one, with the head, can have more.
+    """
+    known = setup.pipeline.schedule in CLOSED
+    if known and len(set(model.layers)) == 1:
+        return sorted({0, setup.pp - 1})
+    return range(setup.pp)
 
 
 def _ends(setup: Setup, indices: list[int]) -> tuple[bool, bool]:

@@ -116,7 +116,7 @@ def _reasons(model: ModelShape, setup: Setup) -> list[str]:
     small, large = sorted((model.kv_heads, setup.tp))
     if large % small:
         near = min(
-            (t for t in _divisors(model.num_heads) if _fits(t, model.kv_heads)),
+            (t for t in divisors(model.num_heads) if _fits(t, model.kv_heads)),
             key=lambda t: abs(t - setup.tp),
         )
         reasons.append(
@@ -141,10 +141,11 @@ def _fits(tp: int, heads: int) -> bool:
     return max(tp, heads) % min(tp, heads) == 0
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """All divisors, the smallest first."""
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def nearest_divisor(number: int, wanted: int) -> int:
     """The divisor of ``number`` that is nearest to ``wanted``, the smaller of two."""
-    return min(_divisors(number), key=lambda d: (abs(d - wanted), d))
+    return min(divisors(number), key=lambda d: (abs(d - wanted), d))

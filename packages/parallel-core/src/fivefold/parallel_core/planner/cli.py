@@ -1,0 +1,91 @@
+"""The command ``fivefold-plan``: mappings for a model and a number of devices. Needs no torch."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fivefold.parallel_core.commands import run_command
+from fivefold.parallel_core.config import load_toml
+from fivefold.parallel_core.planner.hardware import hardware
+from fivefold.parallel_core.planner.models import ModelShape
+from fivefold.parallel_core.planner.presets import preset
+from fivefold.parallel_core.planner.report import as_data, table
+from fivefold.parallel_core.planner.search import Job, search
+
+_NAME = "fivefold-plan"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        0 where a mapping fits, 1 where none does or something is wrong, 2 where the command line
+        was wrong.
+    """
+    options = _parser().parse_args(arguments)
+    return run_command(_NAME, lambda: _plan(options), debug=options.debug)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    machine, job = hardware(options.hardware), _job(options)
+    found = search(job, machine)
+    if options.json:
+        print(json.dumps(as_data(found, options.top), indent=2))
+    else:
+        print(table(job, machine, found, options.top))
+    return 0
+
+
+def _job(options: argparse.Namespace) -> Job:
+    return Job(
+        model=_model(options.model),
+        world_size=options.devices,
+        length=options.length,
+        global_batch=options.batch,
+        microbatches=tuple(options.microbatch),
+        recomputes=tuple(options.recompute),
+        forms=tuple(options.form),
+        most_parts=options.most_stages,
+        causal=options.causal,
+    )
+
+
+def _model(name: str) -> ModelShape:
+    return ModelShape.from_dict(load_toml(Path(name))) if name.endswith(".toml") else preset(name)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=_NAME,
+        description="All legal mappings of a model over a number of devices: those that fit, the "
+        "fastest first by estimate, with the memory of the best term by term.",
+    )
+    parser.add_argument("model", help="a preset such as 175B or Mixtral-8x22B, or a TOML file")
+    parser.add_argument("--devices", type=_count, required=True, metavar="N", help="in all")
+    parser.add_argument("--batch", type=_count, required=True, metavar="N", help="of a step")
+    parser.add_argument("--length", type=_count, default=4096, metavar="N", help="of a sequence")
+    parser.add_argument("--hardware", default="h100", help="a100, h100, h200, b200, or a TOML file")
+    parser.add_argument("--microbatch", type=_count, nargs="+", default=[1, 2], metavar="N")
+    ways = ("none", "selective", "full")
+    parser.add_argument("--recompute", nargs="+", choices=ways, default=list(ways))
+    forms = ("replicate", "zero1", "zero2", "zero3")
+    parser.add_argument("--form", nargs="+", choices=forms, default=["zero1"])
+    parser.add_argument("--most-stages", type=_count, default=4, metavar="N", help="on each rank")
+    parser.add_argument("--causal", action="store_true", help="count half of attention's FLOPs")
+    parser.add_argument("--top", type=_count, default=5, metavar="N", help="plans to show")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    return parser
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
