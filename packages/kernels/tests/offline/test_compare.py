@@ -30,10 +30,16 @@ NORM = Record(
     moved_bytes=2**26,
     has_dot=False,
     needs_tensor_cores=False,
+    needs_wide=True,
     compiler="triton 3.9.0",
 )
 MATMUL = replace(
-    NORM, op="grouped_mm", tensor_core={"HGMMA": 4}, has_dot=True, needs_tensor_cores=True
+    NORM,
+    op="grouped_mm",
+    tensor_core={"HGMMA": 4},
+    has_dot=True,
+    needs_tensor_cores=True,
+    needs_wide=False,
 )
 
 
@@ -63,13 +69,14 @@ def test_faults(record: Record, fault: str) -> None:
     "record",
     [
         replace(NORM, load_bytes=4, store_bytes=4, moved_bytes=1000),
+        replace(NORM, load_bytes=4, store_bytes=4, needs_wide=False),
         replace(NORM, store_bytes=4, narrow_stores=1.0),
-        replace(MATMUL, load_bytes=4, lost_load_bytes=64),
+        replace(MATMUL, load_bytes=4, lost_load_bytes=64, needs_wide=False),
         replace(MATMUL, target="sm_80", tensor_core={"HMMA": 4}),
         replace(MATMUL, tensor_core={"QGMMA": 4}),
         replace(MATMUL, tensor_core={}, needs_tensor_cores=False),
     ],
-    ids=["small", "statistics", "no matter", "sm_80", "float8", "exact float32"],
+    ids=["small", "indices", "statistics", "no matter", "sm_80", "float8", "exact float32"],
 )
 def test_no_faults(record: Record) -> None:
     assert broken_laws(record) == []

@@ -33,6 +33,7 @@ RECORD = Record(
     moved_bytes=2**26,
     has_dot=False,
     needs_tensor_cores=False,
+    needs_wide=True,
     compiler="triton 3.9.0",
 )
 MANY = [replace(RECORD, variant=1), replace(RECORD, package="moe"), RECORD]

@@ -1,4 +1,4 @@
-"""Kernels compiled without a GPU: an op with known faults, and all ops that are installed."""
+"""Kernels compiled without a GPU: an op with known faults, and all ops of this package."""
 
 import json
 import os
@@ -11,16 +11,17 @@ import pytest
 
 from fivefold.kernels import BackendError
 from fivefold.kernels.offline import records
-from fivefold.kernels.offline.compare import broken_laws, compare
+from fivefold.kernels.offline.compare import broken_laws
 from fivefold.kernels.offline.records import Record
 from fivefold.kernels.offline.report import survey
-from fivefold.kernels.samples import installed
+from fivefold.kernels.testing import machine_code_tests
 
 pytest.importorskip("triton")
 pytest.importorskip("cuda.core")
 
 HERE = Path(__file__).parent
-TABLE = HERE.parents[1] / "benchmarks" / "offline.json"
+
+TestMachineCode = machine_code_tests("kernels", HERE.parents[1] / "benchmarks" / "offline.json")
 
 
 def compiling(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -38,15 +39,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Record], l
     assert finished.returncode == 0, finished.stderr
     failures = [text for _, text in json.loads(finished.stdout)]
     return {record.sample: record for record in records.read(file)}, failures
-
-
-@pytest.fixture(scope="module")
-def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Record], str]:
-    file = tmp_path_factory.mktemp("all") / "all.json"
-    command = ["-m", "fivefold.kernels", "report", "--target", "sm_90a", "--json", str(file)]
-    finished = compiling(command)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    return records.read(file), finished.stdout
 
 
 def test_a_good_kernel(tiny: tuple[dict[str, Record], list[str]]) -> None:
@@ -119,30 +111,3 @@ def test_a_target_without_the_dtype_is_no_failure(tmp_path: Path) -> None:
 def test_the_interpreter_is_refused() -> None:
     with pytest.raises(BackendError, match="unset TRITON_INTERPRET"):
         survey([], ["sm_90a"])
-
-
-def test_every_kernel_obeys_the_laws(everything: tuple[list[Record], str]) -> None:
-    faults = [
-        f"{record.title} {fault}" for record in everything[0] for fault in broken_laws(record)
-    ]
-    assert not faults, "\n".join(faults)
-    assert "to mend" not in everything[1]
-
-
-def test_every_op_that_needs_tensor_cores_has_them(everything: tuple[list[Record], str]) -> None:
-    with_them = {(each.package, each.op) for each in everything[0] if each.needs_tensor_cores}
-    meant = {(package, op.name) for package, op in installed() if op.tensor_cores}
-    assert meant <= with_them
-
-
-def test_nothing_is_worse_than_in_the_committed_table(
-    everything: tuple[list[Record], str],
-) -> None:
-    table = records.read(TABLE)
-    found = compare(everything[0], table)
-    compilers = [{record.compiler for record in each} for each in (everything[0], table)]
-    if compilers[0] != compilers[1]:
-        pytest.skip(f"the table is of {compilers[1]}, here is {compilers[0]}")
-    assert found.worse == []
-    # Then the table is old: fivefold-kernels report --json benchmarks/offline.json
-    assert found.unknown == found.gone == []

@@ -133,6 +133,8 @@ class OpSamples:
         real_dtypes: what benchmarks on a GPU and offline compilation run.
         tensor_cores: whether its kernels must use tensor cores in ``real_dtypes``; if not, memory
             bounds them and they must load and store 16 bytes at once.
+        follows_indices: whether memory bounds it, but single values that indices point at, as of
+            sparse matrices: then accesses cannot be wide.
         rounds_to: the coarsest dtype that the op computes in, if that is coarser than its inputs:
             what benchmarks compare with may differ by so much.
     """
@@ -148,6 +150,7 @@ class OpSamples:
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16)
     real_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
     tensor_cores: bool = False
+    follows_indices: bool = False
     rounds_to: torch.dtype | None = None
 
 

@@ -30,7 +30,7 @@ def broken_laws(record: Record) -> list[str]:
             f"multiplies matrices with {_listed(record.tensor_core)} instead of "
             f"{' or '.join(sorted(own))}"
         )
-    if not record.has_dot and record.moved_bytes >= _SMALL_BYTES:
+    if record.needs_wide and record.moved_bytes >= _SMALL_BYTES:
         broken += _narrow(record)
     return broken
 

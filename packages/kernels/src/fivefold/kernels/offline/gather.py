@@ -25,6 +25,7 @@ class Origin:
         dtype: of the call's floating-point tensors.
         moved_bytes: of the tensors that the kernel takes.
         tensor_cores: whether the op's kernels must use tensor cores.
+        follows_indices: whether its accesses cannot be wide.
     """
 
     package: str
@@ -33,6 +34,7 @@ class Origin:
     dtype: str
     moved_bytes: int = 0
     tensor_cores: bool = False
+    follows_indices: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +101,7 @@ def _gather_call(
         sample=sample.name,
         dtype=str(dtype).removeprefix("torch."),
         tensor_cores=op.tensor_cores,
+        follows_indices=op.follows_indices,
     )
     for backend in _backends(op):
         launches, error = _launches(op, sample, dtype, backend)

@@ -44,6 +44,8 @@ class Record:
         has_dot: whether it multiplies matrices.
         needs_tensor_cores: whether that must be on tensor cores: operands of at most 16 bits in an
             op that is meant to.
+        needs_wide: whether it must load or store 16 bytes at once: it multiplies no matrices, and
+            what it reads is not single values that indices point at.
         compiler: name and version.
     """
 
@@ -69,6 +71,7 @@ class Record:
     moved_bytes: int
     has_dot: bool
     needs_tensor_cores: bool
+    needs_wide: bool
     compiler: str
 
     @property

@@ -113,6 +113,7 @@ def _record(build: Build, target: str, origin: Origin, variant: int, made: Compi
         lost_store_bytes=max(0, made.tile_store_bytes - made.code.wide_store_bytes),
         has_dot=made.has_dot,
         needs_tensor_cores=origin.tensor_cores and made.has_narrow_dot,
+        needs_wide=not made.has_dot and not origin.follows_indices,
         compiler=made.compiler,
         **_kept(made),
     )

@@ -5,7 +5,8 @@
 0.02
 """
 
+from fivefold.kernels.testing.machine_code import machine_code_tests
 from fivefold.kernels.testing.suite import op_tests
 from fivefold.kernels.testing.tolerances import TOLERANCES, assert_close
 
-__all__ = ["TOLERANCES", "assert_close", "op_tests"]
+__all__ = ["TOLERANCES", "assert_close", "machine_code_tests", "op_tests"]

@@ -92,4 +92,5 @@ SAMPLES = OpSamples(
     eager=_eager,
     dtypes=(torch.float64, torch.float32, torch.bfloat16),
     real_dtypes=(torch.float32,),
+    follows_indices=True,
 )
