@@ -104,6 +104,31 @@ def unknown_group(topology: Topology) -> Counted:
     return count(topology, send)
 
 
+def across_nodes() -> dict[str, float]:
+    """Bytes that leave this rank's node of two; one row is one float32."""
+    topology = Topology(Layout(4, tp=4))
+    tp, x = topology.axis("tp"), torch.ones(10, 1)
+
+    def message() -> None:
+        if tp.rank in (0, 1):
+            dist.send(x, dst=(2, 0)[tp.rank], group=tp.group)
+        if tp.rank in (0, 2):
+            dist.recv(x, src=(1, None, 0)[tp.rank], group=tp.group)
+
+    sends: dict[str, Callable[[], object]] = {
+        "all_reduce": lambda: dist.all_reduce(x[:4].clone(), group=tp.group),
+        "all_to_all": lambda: dist.all_to_all_single(x[:8].clone(), x[:8].clone(), group=tp.group),
+        "uneven": lambda: exchange_rows(x, [tp.rank + 1] * 4, [1, 2, 3, 4], tp),
+        "send": message,
+    }
+    found = {}
+    for name, send in sends.items():
+        with CommLedger(topology, ranks_per_node=2) as ledger:
+            send()
+        found[name] = sum(entry.bytes_between_nodes for entry in ledger.entries.values())
+    return found
+
+
 def on_a_rank() -> dict[str, object]:
     topology = Topology(Layout(4, tp=2, pp=2))
     return {
@@ -113,6 +138,7 @@ def on_a_rank() -> dict[str, object]:
         "unknown": unknown_group(topology),
         "labels": labels(),
         "fsdp": fsdp_step(),
+        "nodes": across_nodes(),
     }
 
 
@@ -169,6 +195,19 @@ def test_fsdp_is_counted(job: list[dict[str, object]]) -> None:
         ("all_gather", "dp-cp"): (1, 48),  # 3/4 of 64 bytes
         ("reduce_scatter", "dp-cp"): (1, 48),
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "sent"),
+    [
+        ("all_reduce", [0, 24, 0, 24]),  # a ring leaves the node behind its second rank
+        ("all_to_all", [16, 16, 16, 16]),  # 2 of 4 rows to each rank of the other node
+        ("uneven", [28, 28, 12, 12]),
+        ("send", [40, 0, 0, 0]),  # 0 to 2; 1 to 0 stays
+    ],
+)
+def test_bytes_between_nodes(job: list[dict[str, object]], name: str, sent: list[float]) -> None:
+    assert [results["nodes"][name] for results in job] == sent  # type: ignore[index]
 
 
 def test_an_empty_ledger_has_empty_entries_and_a_report() -> None:

@@ -1,7 +1,7 @@
 """Counting what is sent: calls and bytes of every collective, axis by axis."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,10 +29,17 @@ def labelled(axis: str) -> Iterator[None]:
 
 @dataclass(slots=True)
 class Entry:
-    """Calls of one collective on one axis, and the bytes that this rank sent in them."""
+    """Calls of one collective on one axis, and the bytes that this rank sent in them.
+
+    Attributes:
+        calls: how many.
+        bytes: sent by this rank.
+        bytes_between_nodes: those of them that left its node.
+    """
 
     calls: int = 0
     bytes: float = 0
+    bytes_between_nodes: float = 0
 
 
 def _nbytes(value: Any) -> int:
@@ -71,6 +78,18 @@ def _all_to_all_rows(args: tuple[Any, ...], size: int) -> float:
     return others * _nbytes(rows) / max(rows.shape[0], 1)
 
 
+def _share_away(name: str, args: tuple[Any, ...], nodes: Sequence[int], here: int) -> float:
+    """Share of what member ``here`` sends that goes to another node; ``nodes`` are the members'."""
+    away = [node != nodes[here] for node in nodes]
+    if name == "send":
+        return float(away[args[2]])
+    if name == "all_to_all":
+        rows = [*args[4]] or [1] * len(nodes)
+        sent = sum(rows) - rows[here]
+        return sum(n for n, leaves in zip(rows, away, strict=True) if leaves) / max(sent, 1)
+    return float(away[(here + 1) % len(nodes)])
+
+
 # Operator of torch's c10d library -> (name in the ledger, bytes that one rank sends).
 _COLLECTIVES: dict[str, tuple[str, Callable[[tuple[Any, ...], int], float]]] = {
     "allreduce_": ("all_reduce", _ring_all_reduce),
@@ -90,7 +109,13 @@ class CommLedger(TorchDispatchMode):
     This package's collectives are seen, FSDP's, and the pipeline's messages. Bytes are what one
     rank sends with ring algorithms, t ranks and n bytes of the full tensor (arXiv 2205.05198,
     section 4.2.2): all-reduce 2(t-1)/t·n, all-gather and reduce-scatter (t-1)/t·n, all-to-all the
-    rows for other ranks, send n.
+    rows for other ranks, send n. A ring goes through the ranks of a group in their order, and a
+    rank's bytes go to the one behind it.
+
+    Args:
+        topology: the ranks, whose axes give the entries their names.
+        ranks_per_node: consecutive ranks on one node, for ``bytes_between_nodes``; None counts
+            every rank on the same one.
 
     Example:
         >>> with CommLedger(topology) as ledger:      # doctest: +SKIP
@@ -99,8 +124,9 @@ class CommLedger(TorchDispatchMode):
         6
     """
 
-    def __init__(self, topology: Topology):
+    def __init__(self, topology: Topology, ranks_per_node: int | None = None):
         super().__init__()
+        self._ranks_per_node = ranks_per_node or topology.layout.world_size
         self._sizes: dict[str, tuple[str, int]] = {}
         for name in reversed(AXES):
             axis = topology.axis(name)
@@ -131,7 +157,11 @@ class CommLedger(TorchDispatchMode):
         axis, size = self._sizes.get(group.group_name, ("other", group.size()))
         entry = self.entries[name, _labels[-1] if _labels else axis]
         entry.calls += 1
-        entry.bytes += cost(args, size)
+        sent = cost(args, size)
+        entry.bytes += sent
+        ranks = dist.get_process_group_ranks(group)
+        nodes = [rank // self._ranks_per_node for rank in ranks]
+        entry.bytes_between_nodes += sent * _share_away(name, args, nodes, group.rank())
 
     def report(self) -> str:
         """A table: collective, axis, calls, bytes sent by this rank."""
