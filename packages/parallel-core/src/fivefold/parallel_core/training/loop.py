@@ -104,9 +104,9 @@ class Trainer(Loop):
         self.model.drain_side_outputs()  # what a model counts here is none of the next step's
         totals = self._heldout_totals.sum(sums)
         if totals["tokens"] > 0:
-            loss = float(totals["loss"] / totals["tokens"])
-            self._keep_heldout_loss(loss)
-            self._tell({"heldout_loss": loss})
+            mean = float(totals["loss"] / totals["tokens"])
+            self._keep_heldout_loss(mean)
+            self._tell({"heldout_loss": mean})
         return self.heldout_loss
 
     def _count(self, targets: Tensor) -> Tensor:
