@@ -157,7 +157,8 @@ def test_packed_documents_are_told_apart(run_file: Path) -> None:
         trainer = make_trainer(config, Topology.local(), None)
         trainer.report = lambda step, found: first.append(found["loss"])
         trainer.train_step()
-        inputs, _ = trainer.batches.batch(0)
+        inputs, _, *starts = trainer.batches.batch(0)
+        assert len(starts) == (packed == "true")
     assert 1e-7 < abs(first[0] - first[1]) < 0.1
     assert (inputs == 256).any()
 

@@ -21,7 +21,7 @@ from fivefold.parallel_core.hub import resolve
 from fivefold.parallel_core.launcher import connect, disconnect, launch, place, under_torchrun
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.training.loop import Outcome
-from fivefold.parallel_core.training.run import check_text
+from fivefold.parallel_core.training.run_batches import check_text
 from fivefold.parallel_core.training.tokenizer import load_tokenizer
 
 _KNOWN: tuple[type[Exception], ...] = (*EXPECTED, HybridError)

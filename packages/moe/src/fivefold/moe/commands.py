@@ -11,7 +11,7 @@ from torch import Tensor
 from fivefold.moe.errors import MoEError
 from fivefold.moe.export import export_run
 from fivefold.moe.model import MoEForCausalLM
-from fivefold.moe.train import RunConfig, check, check_text, load_run, train_rank
+from fivefold.moe.train import RunConfig, check, load_run, train_rank
 from fivefold.moe.upcycle import UpcycleConfig
 from fivefold.moe.upcycle import describe as upcycled
 from fivefold.moe.upcycle import upcycle as make_mixture
@@ -21,6 +21,7 @@ from fivefold.parallel_core.hub import resolve
 from fivefold.parallel_core.launcher import connect, disconnect, launch, place, under_torchrun
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.training.loop import Outcome
+from fivefold.parallel_core.training.run_batches import check_text
 from fivefold.parallel_core.training.tokenizer import Tokenizer, load_tokenizer
 
 _KNOWN: tuple[type[Exception], ...] = (*EXPECTED, MoEError)
@@ -77,7 +78,7 @@ def describe(config: RunConfig, layout: Layout) -> None:
     """Print the layout, the text and the size of the model; tokenises the text if need be."""
     print(layout.explain(), flush=True)
     dataset = config.data.prepare(config.data.load_tokenizer())
-    check_text(config, dataset)
+    check_text(config.training, dataset)
     print(f"\ntext   {dataset.summary()}")
     with torch.device("meta"):
         model = MoEForCausalLM(config.model)

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 
 from fivefold.moe.model import MoEForCausalLM
-from fivefold.moe.train import CHECKPOINTS, RUN_FILE, TOKENIZER, RunConfig
+from fivefold.moe.train import RunConfig
 from fivefold.parallel_core.checkpoint import Checkpoints, TensorPart, load_parts, read_state
 from fivefold.parallel_core.errors import CheckpointError
 from fivefold.parallel_core.parameters import ParameterTable
+from fivefold.parallel_core.training.run import CHECKPOINTS, RUN_FILE, TOKENIZER
 
 
 def load_run_model(

@@ -1,27 +1,22 @@
-"""What the training run of any language model is told beside the model itself."""
+"""What the run of a language model is told beside the model itself, and how that is read."""
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
-import torch
-import torch.distributed as dist
-
-from fivefold.parallel_core.config import Config
+from fivefold.parallel_core.config import Config, load_toml, override, replace
 from fivefold.parallel_core.errors import ConfigError
 from fivefold.parallel_core.layout import DEFAULT_ORDER, Layout
-from fivefold.parallel_core.sequence_split import Split
-from fivefold.parallel_core.topology import Topology
-from fivefold.parallel_core.training.data import EvaluationBatches, TextBatches
-from fivefold.parallel_core.training.loop import Report, TrainingConfig
-from fivefold.parallel_core.training.tokenizer import Tokenizer, load_tokenizer
+from fivefold.parallel_core.training.config import TrainingConfig
+from fivefold.parallel_core.training.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from fivefold.parallel_core.training.tokens import TokenDataset, prepare
 
 CHECKPOINTS = "checkpoints"
 RUN_FILE = "run.json"
 TOKENIZER = "tokenizer"
+
+_R = TypeVar("_R", bound="TextRun")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +63,61 @@ class DataConfig(Config):
         return prepare(self.source, tokenizer, cache, heldout_fraction=self.heldout_fraction)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextRun(Config):
+    """All of a run, as in the sections of its TOML file; a package adds its own.
+
+    Attributes:
+        model: its configuration, which a package declares; with a ``vocab_size`` and an
+            ``eos_token_id`` that may be None.
+        layout: degrees of parallelism.
+        data: what it is trained on.
+        training: how.
+    """
+
+    model: Any
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig
+
+
+def load_text_run(
+    kind: type[_R], source: Path | Mapping[str, Any], overrides: Mapping[str, str] | None = None
+) -> _R:
+    """Read a run's configuration; a vocabulary size that is left out is the tokenizer's.
+
+    Args:
+        kind: of the run.
+        source: a TOML file, or the same as a mapping.
+        overrides: dotted key to text, as from the command line.
+
+    Raises:
+        ConfigError: an unknown key, a value of the wrong type, or one that cannot be.
+        DataError: the tokenizer has more ids than the model's vocabulary.
+    """
+    raw = load_toml(source) if isinstance(source, Path) else dict(source)
+    overrides = dict(overrides or {})
+    tokenizer = _data_of(kind, raw, overrides).load_tokenizer()
+    raw["model"] = {"vocab_size": tokenizer.vocab_size, **table_of(raw, "model")}
+    end_schedule_with_run(raw, overrides)
+    config = override(kind.from_dict(raw), overrides)
+    check_vocabulary(tokenizer, config.model.vocab_size)
+    if config.model.eos_token_id is not None:
+        return config
+    model = replace(config.model, eos_token_id=tokenizer.end_of_text_id)
+    return replace(config, model=model)
+
+
+def _data_of(
+    kind: type[TextRun], raw: Mapping[str, Any], overrides: Mapping[str, str]
+) -> DataConfig:
+    """The section on data alone, which says what the model's vocabulary is."""
+    declared: type[DataConfig] = get_type_hints(kind)["data"]
+    data = declared.from_dict(table_of(raw, "data"), "data")
+    of_data = {key[5:]: value for key, value in overrides.items() if key.startswith("data.")}
+    return override(data, of_data)
+
+
 def table_of(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """A section of a run's file; empty where it is left out.
 
@@ -94,78 +144,3 @@ def end_schedule_with_run(raw: dict[str, Any], overrides: dict[str, str]) -> Non
         raw["training"] = {**training, "schedule": schedule}
         if "training.steps" in overrides:
             overrides.setdefault("training.schedule.total_steps", overrides["training.steps"])
-
-
-def place_of(topology: Topology) -> dict[str, int]:
-    """This rank's place in the data: what ``TextBatches`` asks for."""
-    return {
-        f"{axis}_{what}": getattr(topology, what)(axis)
-        for axis in ("dp", "cp")
-        for what in ("rank", "size")
-    }
-
-
-def check_text(training: TrainingConfig, dataset: TokenDataset) -> None:
-    """Check that the text is long enough for one sample.
-
-    Raises:
-        DataError: it is not.
-    """
-    TextBatches(
-        dataset.tokens("train"),
-        sequence_length=training.sequence_length,
-        global_batch_size=1,
-        seed=training.seed,
-    )
-
-
-def training_batches(
-    training: TrainingConfig, dataset: TokenDataset, topology: Topology, split: Split
-) -> TextBatches:
-    """This rank's batches of the training text."""
-    return TextBatches(
-        dataset.tokens("train"),
-        sequence_length=training.sequence_length,
-        global_batch_size=training.global_batch_size,
-        seed=training.seed,
-        **place_of(topology),
-        split=split,
-    )
-
-
-def heldout_batches(
-    training: TrainingConfig, dataset: TokenDataset, topology: Topology, split: Split
-) -> EvaluationBatches | tuple[()]:
-    """This rank's batches of the held-out text; none where there is none."""
-    if dataset.num_tokens("heldout") < 2:
-        return ()
-    return EvaluationBatches(
-        dataset.tokens("heldout"),
-        sequence_length=training.sequence_length,
-        global_batch_size=training.global_batch_size,
-        num_windows=training.evaluation_sequences,
-        **place_of(topology),
-        split=split,
-    )
-
-
-def in_bits(report: Report, dataset: TokenDataset) -> Report:
-    """Add bits per byte of text to every loss; they compare across tokenizers."""
-
-    def tell(step: int, measured: Mapping[str, float]) -> None:
-        more = dict(measured)
-        for split, key in (("train", "loss"), ("heldout", "heldout_loss")):
-            if key in measured:
-                tokens = dataset.num_tokens(split)
-                bits = measured[key] / math.log(2) * tokens / max(dataset.num_bytes[split], 1)
-                more[key.replace("loss", "bits_per_byte")] = bits
-        report(step, more)
-
-    return tell
-
-
-def device_of_rank() -> torch.device:
-    """Where this rank trains: its GPU, or the CPU where the ranks meet over gloo."""
-    if torch.cuda.is_available() and dist.is_initialized() and dist.get_backend() != "gloo":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")

@@ -98,7 +98,9 @@ def plot_load(metrics_jsonl: str | Path, png: str | Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "fivefold-moe[train]"') from error
+        raise ImportError(
+            'plots need matplotlib: pip install "fivefold-parallel-core[train]"'
+        ) from error
     layers = _layers(records)
     rows = [[record.get(_key(i)) or float("nan") for record in records] for i in layers]
     steps = [record["step"] for record in records]

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fivefold.moe.load import LoadFigures, plot_load
 from fivefold.parallel_core.errors import DataError
+from fivefold.parallel_core.training.expert_load import LoadFigures, plot_load
 
 
 def test_figures_of_the_routers() -> None:
