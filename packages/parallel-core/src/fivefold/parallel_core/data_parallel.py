@@ -4,54 +4,26 @@ Gradients are summed, never averaged: the loss is already divided by the tokens 
 batch, and an expert sees tokens of ranks that are not in its group.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_map_only
 
-from fivefold.parallel_core.config import Config
 from fivefold.parallel_core.data_parallel_config import WHOLE, DataParallelConfig
 from fivefold.parallel_core.errors import ConfigError
 from fivefold.parallel_core.fsdp import ShardOptions, shard_module
 from fivefold.parallel_core.parameters import ParameterTable
+from fivefold.parallel_core.precision import Precision as Precision
+from fivefold.parallel_core.precision import exact_names
 from fivefold.parallel_core.replicas import Replicas
 from fivefold.parallel_core.topology import Axis, Topology
 
-_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 _REPLICAS = "_fivefold_replicas"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Precision(Config):
-    """What is stored and what is computed in.
-
-    Attributes:
-        parameters: dtype of the stored parameters, of their gradients and of the optimizer.
-        compute: dtype of the copies that forward and backward work with, and of activations.
-    """
-
-    parameters: Literal["float32", "float64"] = "float32"
-    compute: Literal["float32", "float64", "bfloat16"] = "float32"
-
-    @property
-    def storage_dtype(self) -> torch.dtype:
-        """``parameters`` as a torch dtype."""
-        return _DTYPES[self.parameters]
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """``compute`` as a torch dtype."""
-        return _DTYPES[self.compute]
-
-    @property
-    def mixed(self) -> bool:
-        """Whether the two dtypes differ."""
-        return self.parameters != self.compute
 
 
 def shard_data(
@@ -72,18 +44,23 @@ def shard_data(
         precision: dtypes.
         config: what is sharded; None is the default.
 
+    Modules that the model's ``full_precision`` names (patterns as in a plan) compute in the storage
+    dtype; a model that has some takes care of the dtypes of its inputs and in between.
+
     Raises:
-        ConfigError: shards that do not fit the ranks.
+        ConfigError: shards that do not fit the ranks, or ``full_precision`` under FSDP.
     """
     units, config = list(units), config or DataParallelConfig()
     laid = [_lay(model, table, data, precision, config) for data in ("edp", "dp-cp")]
+    exact = exact_names(model) if precision.mixed else set()
+    laid = [part for one in laid for part in one.split(exact)]
     for one in laid:
         table.set_copies(one.data, one.replicate)
     whole = [one for one in laid if one.form in WHOLE and one.names]
     make = partial(_replicate, model, table, units, precision=precision, overlap=config.overlap)
     replicas = [make(one) for one in whole if one.needed]
     setattr(model, _REPLICAS, replicas)
-    if replicas and precision.mixed:
+    if replicas and precision.mixed and not exact:
         _cast_inputs(model, units, precision.compute_dtype)
     gathered = [one for one in laid if one not in whole and one.needed and one.names]
     if gathered:
@@ -105,6 +82,24 @@ class _Laid:
     def needed(self) -> bool:
         """Whether there is anything to gather, to reduce or to cast."""
         return self.mixed or self.shard.size > 1 or self.replicate.size > 1
+
+    def split(self, exact: set[str]) -> list["_Laid"]:
+        """This kind as it is, or the parameters that are rounded and those that are not.
+
+        Raises:
+            ConfigError: the form cannot tell them apart.
+        """
+        rest = [name for name in self.names if name in exact]
+        if not rest:
+            return [self]
+        if self.form not in WHOLE:
+            raise ConfigError(
+                f"the form {self.form!r} computes with one dtype, but {rest[0]} and "
+                f"{len(rest) - 1} more are of modules that keep the stored one; choose one of "
+                f"{', '.join(WHOLE)}"
+            )
+        rounded = [name for name in self.names if name not in exact]
+        return [replace(self, names=rounded), replace(self, names=rest, mixed=False)]
 
 
 def _lay(
@@ -142,7 +137,7 @@ def _replicate(
         laid.shard,
         laid.replicate,
         storage=precision.storage_dtype,
-        compute=precision.compute_dtype,
+        compute=precision.compute_dtype if laid.mixed else precision.storage_dtype,
         overlap=overlap,
     )
     for name in laid.names:
@@ -192,6 +187,28 @@ def collect_gradients(model: nn.Module) -> None:
     """Take up gradients that a backward has set without autograd's hooks."""
     for replicas in _replicas_of(model):
         replicas.collect()
+
+
+@torch.no_grad()
+def add_gradients(model: nn.Module, gradients: Mapping[str, Tensor], scale: float) -> None:
+    """Add gradients of one sample, weighed in the storage dtype, to what is reduced later.
+
+    For steps that look at each sample's gradient by itself; ``torch.autograd.grad`` gives it.
+
+    Args:
+        model: with whole parameters.
+        gradients: by the model's names; they may be changed.
+        scale: the sample's weight.
+    """
+    parameters = dict(model.named_parameters())
+    owners = {name: replicas for replicas in _replicas_of(model) for name in replicas.names}
+    for name, gradient in gradients.items():
+        if name in owners and owners[name].mixed:
+            owners[name].add(name, gradient, scale)
+        elif (so_far := parameters[name].grad) is not None:
+            so_far.add_(gradient, alpha=scale)
+        else:
+            parameters[name].grad = gradient.mul_(scale)
 
 
 def reduce_gradients(model: nn.Module) -> None:

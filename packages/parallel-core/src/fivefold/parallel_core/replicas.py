@@ -107,10 +107,11 @@ class Replicas:
     @property
     def _alike(self) -> bool:
         """Whether main parameters are the module's own."""
-        return self.shard.size == 1 and not self._mixed
+        return self.shard.size == 1 and not self.mixed
 
     @property
-    def _mixed(self) -> bool:
+    def mixed(self) -> bool:
+        """Whether forward and backward compute in another dtype than is stored."""
         return self._storage != self._compute
 
     def _adopt(self, name: str) -> None:
@@ -122,6 +123,11 @@ class Replicas:
         if not parameter.is_meta:
             self.main(name)  # before the values are rounded
         parameter.data = parameter.data.to(self._compute)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all parameters here."""
+        return [name for bucket in self._buckets for name in bucket]
 
     def __contains__(self, name: str) -> bool:
         return any(name in bucket for bucket in self._buckets)
@@ -192,14 +198,14 @@ class Replicas:
 
     def _watch(self, name: str, parameter: nn.Parameter) -> None:
         """See gradients as they come, where something is to be done with them then."""
-        wanted = (self._mixed or self._overlap) and parameter.requires_grad
+        wanted = (self.mixed or self._overlap) and parameter.requires_grad
         if wanted and self._watched.get(name) is not parameter:
             parameter.register_post_accumulate_grad_hook(partial(self._arrived, name))
             self._watched[name] = parameter
 
     @torch.no_grad()
     def _arrived(self, name: str, parameter: Tensor) -> None:
-        if self._mixed:
+        if self.mixed:
             self._collect(name, parameter)
         self._reductions.arrived(name)
 
@@ -213,9 +219,16 @@ class Replicas:
         else:
             self._sums[name] = grad.to(self._storage)
 
+    def add(self, name: str, gradient: Tensor, scale: float) -> None:
+        """Sum a gradient times ``scale`` in the storage dtype; where dtypes are mixed."""
+        if name in self._sums:
+            self._sums[name].add_(gradient, alpha=scale)
+        else:
+            self._sums[name] = gradient.to(self._storage, copy=True).mul_(scale)
+
     def collect(self) -> None:
         """Sum what backward left; for schedules that set gradients without autograd's hooks."""
-        if self._mixed:
+        if self.mixed:
             for name in (name for bucket in self._buckets for name in bucket):
                 self._collect(name, self._model.get_parameter(name))
 
@@ -269,7 +282,7 @@ class Replicas:
 
     def _take(self, name: str) -> Tensor | None:
         """The whole gradient, which nobody holds any longer."""
-        if self._mixed:
+        if self.mixed:
             return self._sums.pop(name, None)
         parameter = self._model.get_parameter(name)
         grad, parameter.grad = parameter.grad, None

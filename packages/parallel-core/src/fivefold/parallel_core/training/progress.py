@@ -11,6 +11,8 @@ _LABELS = {
     "loss": "loss",
     "bits_per_byte": "bits/byte",
     "heldout_loss": "held-out",
+    "lddt_ca": "lDDT-CA",
+    "heldout_lddt_ca": "held-out lDDT-CA",
     "tokens_per_second": "tokens/s",
     "load_max_over_mean": "balance",
     "dropped_fraction": "dropped",
