@@ -1,7 +1,10 @@
 """Searches: the optimum of brute force, legal plans only, and errors that name a legal choice."""
 
+import dataclasses
+import re
 import time
 from itertools import product
+from typing import Any
 
 import pytest
 
@@ -10,11 +13,13 @@ from fivefold.parallel_core.data_parallel_config import DataParallelConfig
 from fivefold.parallel_core.errors import ConfigError, LayoutError
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.pipeline_config import PipelineConfig
+from fivefold.parallel_core.planner.advice import legal_changes
 from fivefold.parallel_core.planner.hardware import hardware, hardware_names
-from fivefold.parallel_core.planner.memory import memory
+from fivefold.parallel_core.planner.jobs import Job, legal_setups
+from fivefold.parallel_core.planner.memory import fullest, memory
 from fivefold.parallel_core.planner.models import Experts, ModelShape
 from fivefold.parallel_core.planner.presets import preset
-from fivefold.parallel_core.planner.search import Job, fullest, legal_setups, pareto, search
+from fivefold.parallel_core.planner.search import pareto, plan, search
 from fivefold.parallel_core.planner.setup import Setup, check
 from fivefold.parallel_core.planner.timing import step_time
 
@@ -94,9 +99,9 @@ def test_pareto() -> None:
     plans = search(JOB, hardware("h100")).plans
     front = pareto(plans)
     assert front[0].time.total == plans[0].time.total
-    for plan in plans:
+    for one in plans:
         worse = [
-            p.time.total <= plan.time.total and p.memory.total <= plan.memory.total for p in front
+            p.time.total <= one.time.total and p.memory.total <= one.memory.total for p in front
         ]
         assert any(worse)
     sizes = [plan.memory.total for plan in front]
@@ -112,14 +117,51 @@ def test_ten_thousand_mappings_take_ten_seconds() -> None:
     assert seconds / found.num_legal * 1e4 < 10
 
 
-def test_nothing_to_be_had() -> None:
-    machine = replace(hardware("h100"), memory=(4 << 30) + (1 << 27))
-    with pytest.raises(ConfigError, match=r"no mapping fits in 0\.1 GiB; the nearest, tp") as error:
+def test_nothing_fits() -> None:
+    """The message's way out is one: on so many devices some mapping does fit."""
+    machine = replace(hardware("h100"), memory=(4 << 30) + (1 << 28))
+    with pytest.raises(ConfigError, match=r"no mapping fits in 0\.2 GiB; the nearest, tp") as error:
         search(JOB, machine)
+    message = str(error.value)
+    assert "\n" not in message
+    more = re.search(r"(\d+) devices would do( with batch (\d+))?, with", message)
+    assert more is not None
+    job = dataclasses.replace(
+        JOB, world_size=int(more[1]), global_batch=int(more[3] or JOB.global_batch)
+    )
+    assert search(job, machine).plans
+    half = dataclasses.replace(job, world_size=job.world_size // 2)
+    with pytest.raises(ConfigError, match="no mapping"):
+        search(half, machine)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"length": 511, "global_batch": 3, "microbatches": (2,)},
+        {"tp": 3},
+        {"ep": 8},
+        {"pp": 8},
+        {"world_size": 7, "global_batch": 8},
+    ],
+)
+def test_nothing_is_legal(changes: dict[str, Any]) -> None:
+    """Each way out that the message names makes some mapping legal, and is the nearest."""
+    job = dataclasses.replace(JOB, **changes)
+    with pytest.raises(ConfigError, match="no mapping is legal; the nearest that is: ") as error:
+        search(job, hardware("h100"))
     assert "\n" not in str(error.value)
-    none = Job(model=SMALL, world_size=8, length=511, global_batch=3, microbatches=(2,))
-    with pytest.raises(ConfigError, match="no mapping is legal; choose a batch"):
-        search(none, machine)
+    ways = legal_changes(job)
+    assert ways and str(error.value).endswith(", or ".join(ways))
+    for way in ways:
+        name, value = way.split()
+        field = {"batch": "global_batch", "devices": "world_size"}.get(name, name)
+        now, new = getattr(job, field), int(value)
+        assert next(legal_setups(dataclasses.replace(job, **{field: new})), None)
+        for other in range(max(1, now - abs(new - now) + 1), now + abs(new - now)):
+            if field in ("global_batch", "length") and other != new:
+                closer = dataclasses.replace(job, **{field: other})
+                assert next(legal_setups(closer), None) is None
 
 
 def test_wrong_input_has_the_nearest_legal_choice() -> None:
@@ -130,6 +172,44 @@ def test_wrong_input_has_the_nearest_legal_choice() -> None:
         hardware("z9")
     with pytest.raises(ConfigError, match="no model '3B'; legal: 22B"):
         preset("3B")
+
+
+def test_a_size_and_a_batch_that_are_both_wrong() -> None:
+    job = Job(model=preset("175B"), world_size=60, length=4096, global_batch=7, tp=7)
+    assert legal_changes(job) == ["tp 4 with batch 15"]
+    assert next(legal_setups(dataclasses.replace(job, tp=4)), None) is None
+    assert next(legal_setups(dataclasses.replace(job, tp=4, global_batch=15)), None)
+    far = dataclasses.replace(JOB, tp=3, pp=3)
+    with pytest.raises(ConfigError, match="the nearest that is: more than two changes away"):
+        search(far, hardware("h100"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tp": 3}, "not a multiple of tp"),
+        ({"tp": 16, "world_size": 16}, "tp=16 does not divide num_heads=8"),
+        ({"ep": 8}, "ep=8 does not divide num_experts=4"),
+        ({"pp": 8}, "8 stages for num_layers=6"),
+        ({"global_batch": 13}, "does not divide global_batch=13"),
+        ({"length": 511, "tp": 2}, "does not divide length=511"),
+    ],
+)
+def test_a_wrong_mapping_is_told_the_nearest(changes: dict[str, int], said: str) -> None:
+    """All changes that the message names, made one at a time, are legal."""
+    setup = replace(Setup(world_size=8, length=512, global_batch=16), **changes)
+    with pytest.raises(ConfigError, match=said) as error:
+        plan(SMALL, setup, hardware("h100"))
+    reason, ways = str(error.value).split("; the nearest that can run: ")
+    assert "\n" not in reason + ways
+    for way in ways.split(", or "):
+        new = dict(change.split("=") for change in way.split(", "))
+        check(SMALL, replace(setup, **{name: int(value) for name, value in new.items()}))
+
+
+def test_a_plan_of_ones_own() -> None:
+    found = search(JOB, hardware("h100")).plans[3]
+    assert plan(SMALL, found.setup, hardware("h100")) == found
 
 
 def test_machines_read() -> None:

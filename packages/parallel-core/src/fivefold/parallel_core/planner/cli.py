@@ -9,10 +9,12 @@ from pathlib import Path
 from fivefold.parallel_core.commands import run_command
 from fivefold.parallel_core.config import load_toml
 from fivefold.parallel_core.planner.hardware import hardware
+from fivefold.parallel_core.planner.jobs import Job
 from fivefold.parallel_core.planner.models import ModelShape
+from fivefold.parallel_core.planner.nearest import DEGREES
 from fivefold.parallel_core.planner.presets import preset
 from fivefold.parallel_core.planner.report import as_data, table
-from fivefold.parallel_core.planner.search import Job, search
+from fivefold.parallel_core.planner.search import search
 
 _NAME = "fivefold-plan"
 
@@ -49,6 +51,7 @@ def _job(options: argparse.Namespace) -> Job:
         forms=tuple(options.form),
         most_parts=options.most_stages,
         causal=options.causal,
+        **{axis: getattr(options, axis) for axis in DEGREES},
     )
 
 
@@ -73,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     forms = ("replicate", "zero1", "zero2", "zero3")
     parser.add_argument("--form", nargs="+", choices=forms, default=["zero1"])
     parser.add_argument("--most-stages", type=_count, default=4, metavar="N", help="on each rank")
+    for axis in DEGREES:
+        parser.add_argument(f"--{axis}", type=_count, metavar="N", help=f"only this size of {axis}")
     parser.add_argument("--causal", action="store_true", help="count half of attention's FLOPs")
     parser.add_argument("--top", type=_count, default=5, metavar="N", help="plans to show")
     parser.add_argument("--json", action="store_true", help="as JSON")

@@ -11,6 +11,8 @@ from fivefold.parallel_core.planner.models import ModelShape
 from fivefold.parallel_core.planner.parameters import ends_parameters, layer_parameters
 from fivefold.parallel_core.planner.setup import Setup
 
+GIB = 2**30
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageMemory:
@@ -70,6 +72,12 @@ def telling_ranks(model: ModelShape, setup: Setup) -> Iterable[int]:
     if known and len(set(model.layers)) == 1:
         return sorted({0, setup.pp - 1})
     return range(setup.pp)
+
+
+def fullest(model: ModelShape, setup: Setup) -> StageMemory:
+    """Memory of the pipeline rank that holds most."""
+    ranks = telling_ranks(model, setup)
+    return max((stage_memory(model, setup, rank) for rank in ranks), key=lambda m: m.total)
 
 
 def _ends(setup: Setup, indices: list[int]) -> tuple[bool, bool]:

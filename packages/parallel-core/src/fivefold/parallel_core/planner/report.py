@@ -3,7 +3,10 @@
 from typing import Any
 
 from fivefold.parallel_core.planner.hardware import Hardware
-from fivefold.parallel_core.planner.search import GIB, Found, Job, Plan, describe, explain, pareto
+from fivefold.parallel_core.planner.jobs import Job
+from fivefold.parallel_core.planner.memory import GIB
+from fivefold.parallel_core.planner.search import Found, Plan, explain, pareto
+from fivefold.parallel_core.planner.setup import describe
 
 _TIMES = "Times and MFU are estimates that were fitted to no run; memory is counted."
 

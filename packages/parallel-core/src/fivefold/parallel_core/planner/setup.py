@@ -86,8 +86,9 @@ def check(model: ModelShape, setup: Setup) -> None:
         ConfigError: something else does not divide; the message has the nearest legal choice.
     """
     setup.layout  # noqa: B018 - it raises
-    for reason in _reasons(model, setup):
-        raise ConfigError(reason)
+    reasons = _reasons(model, setup)
+    if reasons:
+        raise ConfigError("; ".join(reasons))
     setup.pipeline.check(setup.pp, setup.num_microbatches)
     setup.data.check(setup.layout)
 
@@ -149,3 +150,14 @@ def divisors(number: int) -> list[int]:
 def nearest_divisor(number: int, wanted: int) -> int:
     """The divisor of ``number`` that is nearest to ``wanted``, the smaller of two."""
     return min(divisors(number), key=lambda d: (abs(d - wanted), d))
+
+
+def describe(setup: Setup) -> str:
+    """A mapping in a few words."""
+    axes = " ".join(f"{name}{getattr(setup, name)}" for name in ("tp", "cp", "dp", "pp"))
+    experts = f" etp{setup.etp} ep{setup.ep}" if setup.etp * setup.ep > 1 else ""
+    parts = setup.pipeline.stages_per_rank
+    return (
+        f"{axes}{experts}{f' x{parts} stages' if parts > 1 else ''} microbatch {setup.microbatch} "
+        f"recompute {setup.recompute} {setup.data.form}"
+    )
