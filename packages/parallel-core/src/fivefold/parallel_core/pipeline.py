@@ -5,7 +5,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,28 +19,11 @@ from fivefold.parallel_core.data_parallel import (
     reduce_gradients,
     synchronise_last,
 )
-from fivefold.parallel_core.errors import ConfigError
 from fivefold.parallel_core.in_flight import orders_of
-from fivefold.parallel_core.pipeline_config import ONE_STAGE, PipelineConfig
+from fivefold.parallel_core.pipeline_config import ONE_STAGE, PipelineConfig, deal_layers
 from fivefold.parallel_core.stage import Stage
 from fivefold.parallel_core.tied import Twin
 from fivefold.parallel_core.topology import Topology
-
-
-def deal_layers(num_layers: int, num_stages: int) -> list[range]:
-    """Consecutive layers for each stage, as even as can be; the first stages get one more.
-
-    Raises:
-        ConfigError: fewer layers than stages.
-    """
-    if num_layers < num_stages:
-        raise ConfigError(
-            f"{num_layers} layers cannot fill {num_stages} pipeline stages; at most "
-            f"{num_layers} stages"
-        )
-    least, more = divmod(num_layers, num_stages)
-    starts = [stage * least + min(stage, more) for stage in range(num_stages + 1)]
-    return [range(first, stop) for first, stop in pairwise(starts)]
 
 
 def keep_stage(

@@ -1,6 +1,7 @@
 """Which pipeline schedules there are, what each needs, and which stages a rank has."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, get_args
 
 from fivefold.parallel_core.config import Config
@@ -93,3 +94,19 @@ class PipelineConfig(Config):
                 f"{self.schedule} over {num_ranks} pipeline ranks needs a multiple of {num_ranks} "
                 f"microbatches in a step, found {num_microbatches}"
             )
+
+
+def deal_layers(num_layers: int, num_stages: int) -> list[range]:
+    """Consecutive layers for each stage, as even as can be; the first stages get one more.
+
+    Raises:
+        ConfigError: fewer layers than stages.
+    """
+    if num_layers < num_stages:
+        raise ConfigError(
+            f"{num_layers} layers cannot fill {num_stages} pipeline stages; at most "
+            f"{num_layers} stages"
+        )
+    least, more = divmod(num_layers, num_stages)
+    starts = [stage * least + min(stage, more) for stage in range(num_stages + 1)]
+    return [range(first, stop) for first, stop in pairwise(starts)]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from fivefold.parallel_core.data_parallel_config import Form
+from fivefold.parallel_core.pipeline_config import deal_layers
 from fivefold.parallel_core.planner.activations import Local, Terms, ends_terms, layer_bytes
 from fivefold.parallel_core.planner.held import CLOSED, peak_held
 from fivefold.parallel_core.planner.models import ModelShape
@@ -34,10 +35,9 @@ class StageMemory:
 
 @lru_cache(maxsize=65536)
 def split_layers(layers: str, num_stages: int) -> tuple[str, ...]:
-    """Layers of each stage, as even as can be, the earlier stages taking what is left over."""
-    few, more = divmod(len(layers), num_stages)
-    ends = [few * (i + 1) + min(i + 1, more) for i in range(num_stages)]
-    return tuple(layers[a:b] for a, b in zip([0, *ends], ends, strict=False))
+    """Layers of each stage, dealt as a run deals them."""
+    dealt = deal_layers(len(layers), num_stages)
+    return tuple(layers[part.start : part.stop] for part in dealt)
 
 
 def memory(model: ModelShape, setup: Setup) -> list[StageMemory]:
