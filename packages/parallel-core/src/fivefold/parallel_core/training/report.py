@@ -66,6 +66,9 @@ class RunReport:
     ) -> None:
         self._progress.close()
         self._sinks.finish()
-        # The curve is drawn where matplotlib is installed; a run does not need it.
+        self.draw()
+
+    def draw(self) -> None:
+        """Draw the curve where matplotlib is installed; a run does not need it."""
         with contextlib.suppress(ImportError):
             plot_losses(self.folder / METRICS, self.folder / CURVE)
