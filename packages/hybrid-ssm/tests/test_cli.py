@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fivefold.hybrid_ssm import commands
 from fivefold.hybrid_ssm.cli import main
+from fivefold.parallel_core.training import command
 
 from .runs import arguments
 
@@ -74,7 +74,7 @@ def test_what_is_wrong_is_one_line(
     def launch(*arguments: object, **options: object) -> None:
         raise AssertionError("ranks were started")
 
-    monkeypatch.setattr(commands, "launch", launch)
+    monkeypatch.setattr(command, "launch", launch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert main([word.format(run_file=run_file, model=exported_run) for word in words]) == 1
@@ -83,11 +83,3 @@ def test_what_is_wrong_is_one_line(
     head, found = error.split(": error: ", 1)
     assert head == "fivefold-hybrid-ssm"
     assert re.search(message, found)
-
-
-def test_nproc_is_not_for_torchrun(
-    run_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(commands, "under_torchrun", lambda: True)
-    assert main(["train", "--config", str(run_file), "--nproc", "2"]) == 1
-    assert "torchrun has started them already: leave it out" in capsys.readouterr().err

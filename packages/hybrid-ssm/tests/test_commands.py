@@ -5,11 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fivefold.hybrid_ssm import commands
 from fivefold.hybrid_ssm.cli import main
-from fivefold.parallel_core.training.loop import Outcome
-
-from .runs import ONE_RANK, arguments
 
 
 def test_dry_run_trains_nothing(
@@ -52,16 +48,3 @@ def test_generate_ends_at_a_text(exported_run: Path, capsys: pytest.CaptureFixtu
     assert main([*words, "--stop", stop]) == 0
     found = capsys.readouterr().out.removeprefix("the").rstrip("\n")
     assert found == text[: text.index(stop) + 1].rstrip("\n")
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize(("finished", "status"), [(True, 0), (False, 130)])
-def test_all_ranks_of_torchrun_end_alike(
-    rank: int, finished: bool, status: int, run_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(commands, "under_torchrun", lambda: True)
-    monkeypatch.setattr(commands, "place", lambda: (rank, 1))
-    monkeypatch.setattr(commands, "connect", lambda: (rank, 1))
-    monkeypatch.setattr(commands, "disconnect", lambda: None)
-    monkeypatch.setattr(commands, "train_rank", lambda *_: Outcome(3, finished, None))
-    assert main(["train", "--config", str(run_file), *arguments(ONE_RANK)]) == status

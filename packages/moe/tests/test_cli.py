@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from fivefold.moe import commands
 from fivefold.moe.cli import main
+from fivefold.parallel_core.training import command
 
 from .runs import ONE_RANK, arguments
 
@@ -81,7 +82,7 @@ def test_bad_input_is_one_line_before_anything_starts(
     def launch(*arguments: object, **options: object) -> None:
         raise AssertionError("ranks were started")
 
-    monkeypatch.setattr(commands, "launch", launch)
+    monkeypatch.setattr(command, "launch", launch)
     (run_file.parent / "empty").mkdir(exist_ok=True)
     run = tmp_path / "run"
     found = {key: value.format(folder=run_file.parent) for key, value in overrides.items()}
@@ -189,11 +190,3 @@ def test_a_mistake_of_ours_keeps_its_traceback(
     monkeypatch.setattr(commands, "describe", fail)
     with pytest.raises(ZeroDivisionError):
         main(words)
-
-
-def test_nproc_is_not_for_torchrun(
-    run_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(commands, "under_torchrun", lambda: True)
-    assert main(["train", "--config", str(run_file), "--nproc", "2"]) == 1
-    assert "torchrun has started them already: leave it out" in one_line(capsys.readouterr().err)

@@ -14,7 +14,6 @@ import pytest
 from fivefold.moe import commands
 from fivefold.moe.cli import main
 from fivefold.parallel_core.checkpoint import Checkpoints
-from fivefold.parallel_core.training.loop import Outcome
 
 from .runs import ONE_RANK, TWO_RANKS, arguments, losses, records
 
@@ -150,32 +149,6 @@ def test_torchrun_goes_on_with_a_run(run_file: Path, finished_run: Path, tmp_pat
     assert done.stdout.count("2 ranks on 1 node") == 1
     assert done.stdout.count("finished 6 steps") == 1
     assert losses(run) == pytest.approx(losses(finished_run), abs=1e-5, rel=0)
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize(("finished", "status"), [(True, 0), (False, 130)])
-def test_all_ranks_of_torchrun_end_alike(
-    rank: int, finished: bool, status: int, run_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(commands, "under_torchrun", lambda: True)
-    monkeypatch.setattr(commands, "place", lambda: (rank, 1))
-    monkeypatch.setattr(commands, "connect", lambda: (rank, 1))
-    monkeypatch.setattr(commands, "train_rank", lambda *_: Outcome(3, finished, None))
-    assert main(["train", "--config", str(run_file), *arguments(ONE_RANK)]) == status
-
-
-def test_one_rank_of_torchrun_says_what_is_wrong_before_they_meet(
-    run_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def meet() -> None:
-        raise AssertionError("the ranks have met")
-
-    monkeypatch.setattr(commands, "under_torchrun", lambda: True)
-    monkeypatch.setattr(commands, "connect", meet)
-    for rank, lines in ((0, 1), (1, 0)):
-        monkeypatch.setattr(commands, "place", lambda rank=rank: (rank, 3))
-        assert main(["train", "--config", str(run_file), *arguments(TWO_RANKS)]) == 1
-        assert capsys.readouterr().err.strip().count("error: ") == lines
 
 
 def test_ctrl_c_saves_under_torchrun(run_file: Path, tmp_path: Path) -> None:

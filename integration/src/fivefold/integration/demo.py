@@ -15,13 +15,15 @@ from pathlib import Path
 import torch
 
 from fivefold.integration.compare import largest_logit_difference
-from fivefold.moe.commands import conclude, describe, overrides_of, stream_text, train_here
+from fivefold.moe.commands import describe, stream_text
 from fivefold.moe.errors import MoEError
 from fivefold.moe.export import export_run
 from fivefold.moe.model import MoEForCausalLM
-from fivefold.moe.train import RunConfig, check, load_run
+from fivefold.moe.train import RunConfig, check, load_run, train_rank
+from fivefold.parallel_core.arguments import add_overrides, overrides_of
 from fivefold.parallel_core.commands import run_command
 from fivefold.parallel_core.config import load_toml
+from fivefold.parallel_core.training.command import conclude, train_here
 
 TOLERANCE = 1e-4
 """Largest difference of float32 logits between fivefold and transformers that passes."""
@@ -41,7 +43,7 @@ def _run(options: argparse.Namespace) -> int:
     layout = check(config, options.nproc)
     describe(config, layout)
     folder = Path(options.run)
-    outcome = train_here(config, folder, options.nproc)
+    outcome = train_here(train_rank, options.nproc, config, folder)
     status = conclude(outcome, folder)
     if status != 0:
         return status
@@ -73,14 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--run", default="runs/demo", metavar="FOLDER", help="folder of the run")
     parser.add_argument("--nproc", type=int, default=8, metavar="N", help="ranks to fork")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="overrides",
-        metavar="KEY=VALUE",
-        help="override a value of demo.toml, e.g. --set training.steps=50",
-    )
+    add_overrides(parser, "demo.toml")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     return parser
 

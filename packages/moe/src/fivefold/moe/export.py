@@ -1,17 +1,12 @@
 """From a run's checkpoint to a model in Hugging Face form."""
 
-import json
-import shutil
 from pathlib import Path
 
 import torch
 
 from fivefold.moe.model import MoEForCausalLM
 from fivefold.moe.train import RunConfig
-from fivefold.parallel_core.checkpoint import Checkpoints, TensorPart, load_parts, read_state
-from fivefold.parallel_core.errors import CheckpointError
-from fivefold.parallel_core.parameters import ParameterTable
-from fivefold.parallel_core.training.run import CHECKPOINTS, RUN_FILE, TOKENIZER
+from fivefold.parallel_core.training import run_export
 
 
 def load_run_model(
@@ -31,18 +26,12 @@ def load_run_model(
         CheckpointError: there is no such run or checkpoint, or it is damaged.
     """
     config = read_run(run)
-    path = _checkpoint(run, step)
-    with torch.device("meta"):
-        model = MoEForCausalLM(config.model).to(config.training.precision.storage_dtype)
-    model.to_empty(device="cpu")
-    model.tie_weights()
-    table = ParameterTable.of(model)
-    pieces = [*table.pieces(model), *table.buffers(model)]
-    parts = {f"model.{p.name}": TensorPart(p.tensor, p.box, p.shape) for p in pieces}
-    load_parts(path, parts)
-    if dtype is not None:
-        model.to(dtype)
-    return model.eval(), read_state(path)["step"]
+    return run_export.load_model(
+        run_export.checkpoint_of(run, step),
+        lambda: MoEForCausalLM(config.model),
+        config.training.precision.storage_dtype,
+        dtype,
+    )
 
 
 def read_run(run: Path) -> RunConfig:
@@ -51,25 +40,7 @@ def read_run(run: Path) -> RunConfig:
     Raises:
         CheckpointError: the folder is not one of a run.
     """
-    try:
-        plain = json.loads((run / RUN_FILE).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{run} is not the folder of a run: {error}; `fivefold-moe train --run` makes one"
-        ) from None
-    return RunConfig.from_dict(plain)
-
-
-def _checkpoint(run: Path, step: int | None) -> Path:
-    checkpoints = Checkpoints(run / CHECKPOINTS)
-    steps = checkpoints.steps()
-    if step is not None and step not in steps:
-        found = ", ".join(map(str, steps)) or "none"
-        raise CheckpointError(f"{run} has no checkpoint after step {step}; it has {found}")
-    path = checkpoints.latest() if step is None else checkpoints.path(step)
-    if path is None:
-        raise CheckpointError(f"{run} has no whole checkpoint")
-    return path
+    return run_export.read_run(run, RunConfig, "fivefold-moe")
 
 
 def export_run(
@@ -92,10 +63,5 @@ def export_run(
         The number of steps that the model was trained for.
     """
     model, found = load_run_model(run, step, dtype)
-    try:
-        # The run's own copy: the file it was made from may have moved since.
-        shutil.copytree(run / TOKENIZER, output, dirs_exist_ok=True)
-    except (OSError, shutil.Error) as error:
-        raise CheckpointError(f"the tokenizer of {run} cannot be copied: {error}") from None
-    model.save_pretrained(output, max_shard_size)
+    run_export.write_model(model, run, output, max_shard_size)
     return found

@@ -185,7 +185,7 @@ def train_on_text(
     if trainer.topology.world_rank != 0:
         return trainer.fit()
     tokenizer = config.data.load_tokenizer()
-    tokenizer.save(folder / TOKENIZER)
     with reported(trainer, config, folder, tensorboard) as report:
+        tokenizer.save(folder / TOKENIZER)
         trainer.report = in_bits(report, config.data.prepare(tokenizer))
         return trainer.fit()

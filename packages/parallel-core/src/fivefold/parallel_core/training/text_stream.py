@@ -28,5 +28,7 @@ class TextStream:
             return ""
         new, self._shown = text[len(self._shown) :], text
         if new.endswith("\n") and len(self._ids) > 64:
-            self._ids, self._shown = [], ""
+            # The last one stays: some tokenizers drop a space in front of the first of all ids.
+            self._ids = self._ids[-1:]
+            self._shown = self._decode(self._ids)
         return new

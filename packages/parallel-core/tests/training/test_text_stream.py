@@ -1,6 +1,6 @@
 """Text as it comes."""
 
-from fivefold.hybrid_ssm.text import TextStream
+from fivefold.parallel_core.training.text_stream import TextStream
 
 
 def decode(ids: list[int]) -> str:
@@ -25,3 +25,12 @@ def test_long_texts_are_decoded_by_lines() -> None:
     stream = TextStream(watched)
     assert "".join(stream.push(byte) for byte in text.encode()) == text
     assert longest < 130
+
+
+def test_lines_keep_the_space_that_they_begin_with() -> None:
+    def without_first_space(ids: list[int]) -> str:
+        return decode(ids).removeprefix(" ")
+
+    text = "a line of text that is not short, and 64 tokens or more to the end\n  indented"
+    stream = TextStream(without_first_space)
+    assert "".join(stream.push(byte) for byte in text.encode()) == text
