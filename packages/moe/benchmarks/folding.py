@@ -4,7 +4,8 @@
 
 A mapping is coupled where experts take the tensor parallelism of attention and are spread over its
 data-parallel ranks, as before MoE Parallel Folding (arXiv 2504.14960, section 3.1), and folded
-where expert parallelism goes over any ranks, here those of a node. Nodes are ranks 0 to 3 and 4 to 7.
+where expert parallelism goes over any ranks, here those of a node. Nodes are ranks 0 to 3 and 4 to
+7.
 Every expert gets as many tokens, so what dispatchers must send is known: the ledger is held to it.
 Mappings take turns, step by step; what counts is the fastest, of the slowest rank. All ranks share
 one machine's cores, so its times have no slow link between nodes in them: bytes do.

@@ -223,7 +223,7 @@ def run_rank(case: Case, topology: Topology) -> Left:
 def results(world: int) -> Mapping[Case, list[Left]]:
     """Every case of a world, by rank; all in one launch."""
     cases = [case for case in CASES if case.world == world]
-    by_rank = launch(run_ranks, world, cases, timeout=120)
+    by_rank = launch(run_ranks, world, cases, timeout=300)
     return dict(zip(cases, map(list, zip(*by_rank, strict=True)), strict=True))
 
 

@@ -24,6 +24,7 @@ from fivefold.moe.dispatch import (
 )
 from fivefold.moe.errors import MoEInputError
 from fivefold.moe.folded import ExpertRanks
+from fivefold.moe.meanwhile import Meanwhile
 from fivefold.parallel_core.collectives import (
     all_gather_v,
     all_to_all,
@@ -31,6 +32,7 @@ from fivefold.parallel_core.collectives import (
     gather_rows,
     reduce_scatter_v,
 )
+from fivefold.parallel_core.exchange import start_all_to_all
 from fivefold.parallel_core.topology import Topology
 
 
@@ -71,6 +73,7 @@ class DeduplicatedDispatcher(TokenDispatcher):
         experts_nk: Tensor,
         kept_nk: Tensor | None = None,
         pad_to: int | None = None,
+        meanwhile: Meanwhile | None = None,
     ) -> tuple[Tensor, Tensor, DeduplicatedRouting]:
         """See ``TokenDispatcher.dispatch``; the rows are those of this rank's experts."""
         if pad_to is not None:
@@ -85,9 +88,12 @@ class DeduplicatedDispatcher(TokenDispatcher):
         sent, received = counts_p.tolist(), received_tp[etp.rank]
         gathered = [sum(of_rank) for of_rank in received_tp]
         outgoing = first_rows(outgoing, sum(sent))
-        tokens = all_to_all(copy_to_rows(tokens_nh, outgoing, ep.size), received, sent, ep)
-        tokens = all_gather_v(tokens, gathered, etp)
+        rows = copy_to_rows(tokens_nh, outgoing, ep.size)
+        arrive = start_all_to_all(rows, received, sent, ep)
         experts_uk = exchange_rows(experts[outgoing.order // ep.size], received, sent, ep)
+        if meanwhile is not None:
+            meanwhile.run()
+        tokens = all_gather_v(arrive(), gathered, etp)
         experts_uk = gather_rows(experts_uk, gathered, etp) - self.ranks.first
         mine_uk = (experts_uk >= 0) & (experts_uk < self.ranks.num_local)
         local, counts_l = group_by_expert(experts_uk, self.ranks.num_local, mine_uk)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fivefold.moe.meanwhile import Meanwhile
+
 
 @dataclass(frozen=True, slots=True)
 class LocalRouting:
@@ -44,6 +46,7 @@ class TokenDispatcher(nn.Module):
         experts_nk: Tensor,
         kept_nk: Tensor | None = None,
         pad_to: int | None = None,
+        meanwhile: Meanwhile | None = None,
     ) -> tuple[Tensor, Tensor, Any]:
         """Copy every token to its experts.
 
@@ -53,6 +56,7 @@ class TokenDispatcher(nn.Module):
             kept_nk: which copies are made, (N, K); None makes all.
             pad_to: rows that each expert gets from this rank, C, at least its copies; the others
                 are zeros. None gives each expert its copies.
+            meanwhile: work that needs none of this, to do while rows are on their way.
 
         Returns:
             Rows sorted by expert and, within one, by token; rows of each expert (E,); and the state

@@ -20,12 +20,14 @@ from fivefold.moe.dispatch import (
     group_by_expert,
     take_rows,
 )
+from fivefold.moe.meanwhile import Meanwhile
 from fivefold.parallel_core.collectives import (
     all_gather_v,
     all_to_all,
     gather_along,
     reduce_scatter_v,
 )
+from fivefold.parallel_core.exchange import start_all_to_all
 from fivefold.parallel_core.topology import Topology
 
 
@@ -109,6 +111,7 @@ class FoldedDispatcher(TokenDispatcher):
         experts_nk: Tensor,
         kept_nk: Tensor | None = None,
         pad_to: int | None = None,
+        meanwhile: Meanwhile | None = None,
     ) -> tuple[Tensor, Tensor, FoldedRouting]:
         """See ``TokenDispatcher.dispatch``; the rows are those of this rank's experts."""
         ep, etp, num_local = self.ranks.ep, self.ranks.etp, self.ranks.num_local
@@ -127,8 +130,10 @@ class FoldedDispatcher(TokenDispatcher):
         received = received_tp[etp.rank]
         gathered = [sum(of_rank) for of_rank in received_tp]
         rows = copy_to_rows(tokens_nh, local, experts_nk.shape[1])
-        rows = all_to_all(rows, received, sent, ep)
-        rows = all_gather_v(rows, gathered, etp)
+        arrive = start_all_to_all(rows, received, sent, ep)
+        if meanwhile is not None:
+            meanwhile.run()
+        rows = all_gather_v(arrive(), gathered, etp)
         arrival, counts_l = _sort_arrivals(counts_tpl, sum(gathered))
         routing = FoldedRouting(local, sent, received, gathered, arrival)
         return take_rows(rows, arrival.order, arrival.inverse), counts_l, routing

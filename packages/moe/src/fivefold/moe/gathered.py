@@ -23,6 +23,7 @@ from fivefold.moe.dispatch import (
 )
 from fivefold.moe.errors import MoEInputError
 from fivefold.moe.folded import ExpertRanks
+from fivefold.moe.meanwhile import Meanwhile
 from fivefold.parallel_core.collectives import all_gather_v, gather_rows, reduce_scatter_v
 from fivefold.parallel_core.topology import Topology
 
@@ -58,6 +59,7 @@ class GatheredDispatcher(TokenDispatcher):
         experts_nk: Tensor,
         kept_nk: Tensor | None = None,
         pad_to: int | None = None,
+        meanwhile: Meanwhile | None = None,
     ) -> tuple[Tensor, Tensor, GatheredRouting]:
         """See ``TokenDispatcher.dispatch``; the rows are those of this rank's experts."""
         if pad_to is not None:

@@ -4,12 +4,15 @@ Legend: B sequences, S tokens of a sequence here, N = B * S, E experts, K expert
 H hidden width.
 """
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from fivefold.moe.capacity import Capacity
 from fivefold.moe.config import MoEConfig
 from fivefold.moe.dispatch import TokenDispatcher
 from fivefold.moe.experts import Experts
+from fivefold.moe.meanwhile import Meanwhile
 from fivefold.moe.mlp import GatedMLP
 from fivefold.moe.router import Router
 from fivefold.parallel_core.losses import SideOutputs
@@ -78,14 +81,19 @@ class MoELayer(nn.Module):
 
     def forward(self, x_bsh: Tensor) -> Tensor:
         """Hidden states (B, S, H) to (B, S, H)."""
+        shared = (
+            None
+            if self.shared is None
+            else Meanwhile(partial(self._run_shared, self.shared, x_bsh))
+        )
         weights_nk, experts_nk = self.router(x_bsh)
         kept_nk, pad_to = self._limit(weights_nk, experts_nk, x_bsh)
         rows, counts_e, state = self.dispatcher.dispatch(
-            x_bsh.flatten(0, 1), experts_nk, kept_nk, pad_to
+            x_bsh.flatten(0, 1), experts_nk, kept_nk, pad_to, shared
         )
         rows = self.experts(rows, counts_e)
         y_bsh = self.dispatcher.combine(rows, weights_nk, state).view_as(x_bsh)
-        return y_bsh if self.shared is None else y_bsh + self._run_shared(self.shared, x_bsh)
+        return y_bsh if shared is None else y_bsh + shared.value
 
     def _limit(
         self, weights_nk: Tensor, experts_nk: Tensor, x_bsh: Tensor
