@@ -75,3 +75,13 @@ def test_forms_with_one_dtype_are_refused() -> None:
     with pytest.raises(RankError, match="'zero2' computes with one dtype") as caught:
         launch(step, 2, "zero2")
     assert "ConfigError" in str(caught.value) or isinstance(caught.value.__cause__, ConfigError)
+
+
+def test_a_weighed_gradient_lies_as_its_parameter() -> None:
+    model = nn.Linear(3, 2)
+    transposed = torch.randn(3, 2).T
+    add_gradients(model, {"weight": transposed}, 0.5)
+    assert model.weight.grad is not None
+    assert model.weight.grad.stride() == model.weight.stride()
+    add_gradients(model, {"weight": transposed}, 0.25)
+    torch.testing.assert_close(model.weight.grad, 0.75 * transposed)

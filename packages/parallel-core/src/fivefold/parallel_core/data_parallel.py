@@ -197,7 +197,7 @@ def add_gradients(model: nn.Module, gradients: Mapping[str, Tensor], scale: floa
 
     Args:
         model: with whole parameters.
-        gradients: by the model's names; they may be changed.
+        gradients: by the model's names.
         scale: the sample's weight.
     """
     parameters = dict(model.named_parameters())
@@ -208,7 +208,9 @@ def add_gradients(model: nn.Module, gradients: Mapping[str, Tensor], scale: floa
         elif (so_far := parameters[name].grad) is not None:
             so_far.add_(gradient, alpha=scale)
         else:
-            parameters[name].grad = gradient.mul_(scale)
+            # In the parameter's own strides, as backward leaves it and fused optimizers need it.
+            laid = torch.empty_like(parameters[name])
+            parameters[name].grad = torch.mul(gradient, scale, out=laid)
 
 
 def reduce_gradients(model: nn.Module) -> None:
