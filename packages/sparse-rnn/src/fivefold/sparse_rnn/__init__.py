@@ -3,7 +3,12 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fivefold.sparse_rnn.errors import SparseRNNError, SparseRNNFileError, SparseRNNInputError
+from fivefold.sparse_rnn.errors import (
+    SparseRNNError,
+    SparseRNNFileError,
+    SparseRNNInputError,
+    SparseRNNTimeoutError,
+)
 
 if TYPE_CHECKING:
     from fivefold.sparse_rnn.layers import SparseGRU, SparseLSTM, SparseRNN
@@ -15,6 +20,7 @@ __all__ = [
     "SparseRNNError",
     "SparseRNNFileError",
     "SparseRNNInputError",
+    "SparseRNNTimeoutError",
 ]
 
 

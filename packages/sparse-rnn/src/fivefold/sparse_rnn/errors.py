@@ -11,3 +11,7 @@ class SparseRNNInputError(SparseRNNError, ValueError):
 
 class SparseRNNFileError(SparseRNNError, ValueError):
     """A file that is missing, damaged or of another layer."""
+
+
+class SparseRNNTimeoutError(SparseRNNError, RuntimeError):
+    """A kernel on a GPU gave up waiting for another block; its results are NaN."""

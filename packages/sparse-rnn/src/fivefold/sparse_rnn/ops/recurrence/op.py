@@ -13,7 +13,7 @@ from fivefold.kernels.errors import KernelInputError
 from fivefold.kernels.op import define
 from fivefold.sparse_rnn.ops.recurrence.cells import CELLS
 
-BACKENDS = ("triton", "cpu", "reference")
+BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 
 @define("fivefold_sparse_rnn", backends=BACKENDS)
