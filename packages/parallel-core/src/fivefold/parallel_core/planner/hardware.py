@@ -22,8 +22,12 @@ class Hardware(Config):
         node_bandwidth: bytes/s that a device sends inside a node.
         network_bandwidth: bytes/s that a device sends between nodes.
         node_latency, network_latency: seconds of one message.
-        efficiency: share of the peak that a large product reaches.
-        half_size: rows and columns at which a product reaches half of that.
+        num_cores: multiprocessors, among which a product's tiles are dealt out.
+        efficiency: share of the peak FLOP/s that a large product reaches.
+        half_size: length of the sums at which a product reaches half of that.
+        attention_efficiency: share of the peak that a fused attention reaches.
+        bandwidth_efficiency: share of the memory's bandwidth that kernels reach.
+        link_efficiency, network_efficiency: shares of the links' bandwidth that collectives reach.
     """
 
     name: str
@@ -34,17 +38,23 @@ class Hardware(Config):
     network_bandwidth: float
     reserved: int = 4 << 30
     node_size: int = 8
-    node_latency: float = 6e-6
-    network_latency: float = 12e-6
-    efficiency: float = 0.75
-    half_size: float = 128.0
+    node_latency: float = 3e-6
+    network_latency: float = 10e-6
+    num_cores: int = 132
+    efficiency: float = 0.8
+    half_size: float = 64.0
+    attention_efficiency: float = 0.5
+    bandwidth_efficiency: float = 0.8
+    link_efficiency: float = 0.8
+    network_efficiency: float = 0.8
 
     def __post_init__(self) -> None:
         for name in ("memory", "flops", "bandwidth", "node_bandwidth", "network_bandwidth"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)}; it must be above 0")
-        if not 0 < self.efficiency <= 1:
-            raise ConfigError(f"efficiency={self.efficiency}; legal: above 0, at most 1")
+        for name in (n for n in self.__dataclass_fields__ if n.endswith("efficiency")):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"{name}={getattr(self, name)}; legal: above 0, at most 1")
         if self.node_size < 1:
             raise ConfigError(f"node_size={self.node_size}; it must be at least 1")
 

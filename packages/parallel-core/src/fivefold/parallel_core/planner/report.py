@@ -8,7 +8,7 @@ from fivefold.parallel_core.planner.memory import GIB
 from fivefold.parallel_core.planner.search import Found, Plan, explain, pareto
 from fivefold.parallel_core.planner.setup import describe
 
-_TIMES = "Times and MFU are estimates that were fitted to no run; memory is counted."
+_TIMES = "Times and MFU are estimates, see the README for their errors; memory is counted."
 
 
 def table(job: Job, machine: Hardware, found: Found, count: int) -> str:

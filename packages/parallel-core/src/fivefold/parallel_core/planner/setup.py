@@ -31,6 +31,9 @@ class Setup(Config):
         weight_size, gradient_size, optimizer_size: bytes for each parameter; 2 + 4 + 12 is mixed
             precision with float32 gradients, main weights and two moments.
         imbalance: tokens of the busiest expert rank over the mean.
+        split_boundary: without sequence parallelism each tensor rank sends its part of a pipeline's
+            boundary, which is gathered there (arXiv 2104.04473, section 4.1); runs of this package
+            send the whole.
     """
 
     world_size: int
@@ -51,6 +54,7 @@ class Setup(Config):
     gradient_size: int = 4
     optimizer_size: int = 12
     imbalance: float = 1.0
+    split_boundary: bool = False
 
     @property
     def layout(self) -> Layout:

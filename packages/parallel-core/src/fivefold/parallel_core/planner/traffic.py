@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from fivefold.parallel_core.planner.activations import Local
-from fivefold.parallel_core.planner.models import PARTS, ModelShape
+from fivefold.parallel_core.planner.models import PARTS, ModelShape, Part
 from fivefold.parallel_core.planner.setup import Setup
 
 
@@ -34,67 +34,86 @@ def total(several: Iterable[tuple[float, Mapping[tuple[str, str], Sent]]]) -> Tr
 
 
 def layer_traffic(model: ModelShape, local: Local, letter: str) -> Traffic:
-    """Of one layer for one microbatch, forward and backward.
+    """Of one layer for one microbatch, forward and backward, recomputation included.
 
     The split attention core is the form that gathers keys and values; the experts' rows are as
     evenly spread as ``imbalance`` says.
     """
-    parts = PARTS[letter]
-    several = [(len(parts), _tensor(model, local))] if local.tp > 1 else []
-    if "attention" in parts and local.cp > 1:
-        several.append((1, _context(model, local)))
-    if "moe" in parts:
-        # The dense MLP's collectives are the shared expert's here, if there is one.
-        if local.tp > 1 and not (model.experts and model.experts.shared_ffn):
-            several.append((-1, _tensor(model, local)))
-        several.append((1, _experts(model, local)))
-    return {key: sent for key, sent in total(several).items() if sent.calls}
+    several: list[tuple[float, Traffic]] = []
+    for part in PARTS[letter]:
+        several += [
+            (2 if local.recompute == "full" else 1, part_forward(model, local, part)),
+            (1, part_backward(model, local, part)),
+        ]
+    if "attention" in PARTS[letter] and local.recompute == "selective":
+        several.append((1, _context_forward(model, local)))
+    return total(several)
 
 
-def _times(local: Local) -> int:
-    """Forwards of a layer."""
-    return 2 if local.recompute == "full" else 1
+def part_forward(model: ModelShape, local: Local, part: Part) -> Traffic:
+    """Of a part of a layer, forward."""
+    if part == "attention":
+        return _tensor(model, local, 1) | _context_forward(model, local)
+    if part == "moe":
+        shared = model.experts and model.experts.shared_ffn
+        return (_tensor(model, local, 1) if shared else {}) | _experts(model, local)
+    return _tensor(model, local, 1)
 
 
-def _tensor(model: ModelShape, local: Local) -> Traffic:
-    """A pair of column and row linears (arXiv 2205.05198, section 4.2.2), with gathers again."""
+def part_backward(model: ModelShape, local: Local, part: Part) -> Traffic:
+    """Of a part of a layer, backward; the linear's input is gathered again."""
+    if part == "attention":
+        return _tensor(model, local, 2) | _context_backward(model, local)
+    if part == "moe":
+        shared = model.experts and model.experts.shared_ffn
+        return (_tensor(model, local, 2) if shared else {}) | _experts(model, local)
+    return _tensor(model, local, 2)
+
+
+def _tensor(model: ModelShape, local: Local, gathers: int) -> Traffic:
+    """A pair of column and row linears in one direction (arXiv 2205.05198, section 4.2.2)."""
+    if local.tp == 1:
+        return {}
     whole = local.element_size * local.tokens * model.hidden * (local.tp - 1) / local.tp
-    forwards = _times(local)
     if not local.sequence:
-        calls = forwards + 1
-        return {("all_reduce", "tp"): Sent(calls, 2 * calls * whole)}
-    gathers, scatters = forwards + 2, forwards + 1
+        return {("all_reduce", "tp"): Sent(1, 2 * whole)}
     return {
         ("all_gather", "tp"): Sent(gathers, gathers * whole),
-        ("reduce_scatter", "tp"): Sent(scatters, scatters * whole),
+        ("reduce_scatter", "tp"): Sent(1, whole),
     }
 
 
-def _context(model: ModelShape, local: Local) -> Traffic:
+def _context_forward(model: ModelShape, local: Local) -> Traffic:
+    """Keys and values of the whole sequence."""
+    if local.cp == 1:
+        return {}
+    return {("all_gather", "cp"): Sent(2, 2 * _keys(model, local))}
+
+
+def _context_backward(model: ModelShape, local: Local) -> Traffic:
+    if local.cp == 1:
+        return {}
+    return {("reduce_scatter", "cp"): Sent(2, 2 * _keys(model, local))}
+
+
+def _keys(model: ModelShape, local: Local) -> float:
     heads = max(1, model.kv_heads // local.tp)
     tokens = local.microbatch * local.length
-    bytes_ = local.element_size * tokens * heads * model.head_width * (local.cp - 1) / local.cp
-    forwards = 1 if local.recompute == "none" else 2
-    return {
-        ("all_gather", "cp"): Sent(2 * forwards, 2 * forwards * bytes_),
-        ("reduce_scatter", "cp"): Sent(2, 2 * bytes_),
-    }
+    return local.element_size * tokens * heads * model.head_width * (local.cp - 1) / local.cp
 
 
 def _experts(model: ModelShape, local: Local) -> Traffic:
-    """Dispatch and combine, forward and backward (arXiv 2504.14960, section 3.2)."""
+    """Dispatch and combine in one direction (arXiv 2504.14960, section 3.2)."""
     if model.experts is None:
         return {}
     sent = local.rows * model.experts.top_k * local.element_size * model.hidden * local.imbalance
-    calls = _times(local) + 1
     found: Traffic = {}
     if local.ep > 1:
-        away = sent * (local.ep - 1) / local.ep
-        found["all_to_all", "ep"] = Sent(2 * calls, 2 * calls * away)
+        found["all_to_all", "ep"] = Sent(2, 2 * sent * (local.ep - 1) / local.ep)
     if local.etp > 1:
         away = sent * (local.etp - 1)
-        found["all_gather", "etp"] = Sent(calls, calls * away)
-        found["reduce_scatter", "etp"] = Sent(calls, calls * away)
+        found["all_gather", "etp"] = Sent(1, away)
+        found["reduce_scatter", "etp"] = Sent(1, away)
     return found
 
 
@@ -103,7 +122,13 @@ def boundary_traffic(model: ModelShape, setup: Setup, num_boundaries: int) -> Tr
     if not num_boundaries:
         return {}
     size = setup.element_size * Local.of(setup).rows * model.hidden
-    return {("send", "pp"): Sent(num_boundaries, num_boundaries * size)}
+    if setup.sequence or not setup.split_boundary or setup.tp == 1:
+        return {("send", "pp"): Sent(num_boundaries, num_boundaries * size)}
+    part = size / setup.tp
+    return {
+        ("send", "pp"): Sent(num_boundaries, num_boundaries * part),
+        ("all_gather", "tp"): Sent(num_boundaries, num_boundaries * (size - part)),
+    }
 
 
 def data_traffic(setup: Setup, dense: int, experts: int) -> Traffic:
