@@ -10,6 +10,10 @@
 
 #pragma once
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstdlib>
 #include <memory>
 #include <numeric>
@@ -24,6 +28,7 @@ enum class Kind : int64_t { kRows = 0, kGather = 1, kTiles = 2 };
 // Values of one register in float32, and what a window slides by.
 constexpr int64_t kBlock = 16;
 constexpr int64_t kCacheLine = 64;
+constexpr int64_t kLargePage = 1 << 21;
 
 // How tiles are made: registers of a window, slots of a run, and bits of an index. A lane has the
 // indices of a run in one word of 16 or 32 bits.
@@ -36,23 +41,29 @@ struct Tiling {
   // Nanoseconds of a run for so many vectors on a core that computes, and on one that waits for
   // what a cache beyond its own sends; measured on a Zen 5 at 4 GHz.
   double cost(int64_t batch, bool near) const {
-    const double permuting = window == 2 ? 0.2 : 0.37;
-    const double computing = run * (0.15 + batch * permuting) + batch * window * 0.18;
-    return std::max(computing, bytes() / (near ? 160 : 60));
+    const double permuting = window == 2 ? 0.2 : 0.38;
+    const double computing = run * (0.1 + batch * permuting) + batch * window * 0.09;
+    return std::max(computing, bytes() / (near ? 150 : 105));
   }
 };
 constexpr Tiling kTilings[] = {{2, 3, 5}, {2, 6, 5}, {4, 5, 6}};
 constexpr double kNearBytes = 1 << 20;
 
-// Memory that begins at a cache line.
+// Memory that begins at a cache line, or where much is asked for at a large page: prefetchers stop
+// at the ends of pages, and small ones lie in a cache as they happen to.
 template <class T>
 class Aligned {
  public:
   void resize(int64_t count) {
-    const int64_t bytes = (count * sizeof(T) + kCacheLine - 1) / kCacheLine * kCacheLine;
-    memory_.reset(static_cast<T*>(std::aligned_alloc(kCacheLine, bytes + kCacheLine)));
+    const int64_t bytes = count * sizeof(T) + kCacheLine;
+    const int64_t unit = bytes < kLargePage / 2 ? kCacheLine : kLargePage;
+    const int64_t whole = (bytes + unit - 1) / unit * unit;
+    memory_.reset(static_cast<T*>(std::aligned_alloc(unit, whole)));
     if (memory_ == nullptr) throw std::bad_alloc();
-    std::memset(static_cast<void*>(memory_.get()), 0, bytes + kCacheLine);
+#if defined(__linux__)
+    if (unit == kLargePage) madvise(static_cast<void*>(memory_.get()), whole, MADV_HUGEPAGE);
+#endif
+    std::memset(static_cast<void*>(memory_.get()), 0, bytes);
     count_ = count;
   }
   T* data() const { return memory_.get(); }

@@ -115,7 +115,9 @@ void multiply_tiles(const Packed& packed, const Group& group, const float* v, in
   constexpr int kRun = tiling.run, kWindow = tiling.window;
   constexpr int kBytes = kRun * tiling.bits <= 16 ? 2 : 4;
   // Sums of neighbouring slots are kept apart, so that one addition need not wait for the last.
-  constexpr int kApart = kBatch == 1 ? 3 : 2;
+  constexpr int kApart = kBatch <= 2 ? 3 : 2;
+  // How far ahead values are asked for, beyond what the CPU does by itself.
+  constexpr int kAhead = 512 / sizeof(T);
   const T* values = reinterpret_cast<const T*>(packed.values.data());
   __m512 sums[kApart][kBatch];
   for (auto& row : sums)
@@ -127,11 +129,14 @@ void multiply_tiles(const Packed& packed, const Group& group, const float* v, in
     for (int b = 0; b < kBatch; ++b)
       for (int i = 0; i < kWindow; ++i)
         window[b][i] = _mm512_load_ps(from + b * stride + i * kBlock);
+    for (int i = 0; i < kRun; ++i) __builtin_prefetch(values + (run * kRun + i) * kBlock + kAhead);
     const __m512i words = load_words<kBytes>(packed.local_index.data() + run * kBlock * kBytes);
     for (int i = 0; i < kRun; ++i) {
       // A permutation looks at the lowest five bits of an index only.
       const __m512i index = _mm512_srli_epi32(words, i * tiling.bits);
-      const __m512 value = load_values(values + (run * kRun + i) * kBlock);
+      __m512 value = load_values(values + (run * kRun + i) * kBlock);
+      // Else compilers load it again for every vector, and loads are what there is least of.
+      if constexpr (kBatch > 1) asm("" : "+v"(value));
       __mmask16 high = 0;
       if constexpr (kWindow == 4) high = _mm512_test_epi32_mask(index, _mm512_set1_epi32(32));
       for (int b = 0; b < kBatch; ++b) {
