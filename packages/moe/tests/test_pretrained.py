@@ -18,6 +18,7 @@ from fivefold.moe.pretrained import load_parameters, read_config
 from fivefold.parallel_core import hub
 from fivefold.parallel_core.box import Box
 from fivefold.parallel_core.errors import CheckpointError
+from fivefold.parallel_core.hub import pretrained
 from fivefold.parallel_core.inference import whole_logits
 from fivefold.parallel_core.launcher import launch
 from fivefold.parallel_core.layout import Layout
@@ -260,7 +261,7 @@ def test_push_uploads_what_save_writes(tiny: Make, monkeypatch: pytest.MonkeyPat
         pushed.update(options, names={path.name for path in Path(folder).iterdir()}, repo=repo_id)
         return "https://hub/" + repo_id
 
-    monkeypatch.setattr(hub, "push", push)
+    monkeypatch.setattr(pretrained, "push", push)
     assert MoEForCausalLM(tiny()).push_to_hub("me/tiny", private=True) == "https://hub/me/tiny"
     assert pushed["repo"] == "me/tiny" and pushed["private"] is True
     assert {"config.json", "model.safetensors", "README.md"} <= pushed["names"]

@@ -21,9 +21,10 @@ from fivefold.moe.errors import MoEConfigError, MoEWeightsError
 from fivefold.moe.families import FAMILIES
 from fivefold.moe.hf import hf_sources, parameter_shapes
 from fivefold.moe.hf_config import config_from_hf
-from fivefold.moe.pretrained import main_dtype, read_json, write_folder
+from fivefold.moe.pretrained import write_folder
 from fivefold.parallel_core import hub
 from fivefold.parallel_core.config import Config
+from fivefold.parallel_core.hub.pretrained import CONFIG, main_dtype, read_json
 
 TARGETS: Mapping[str, str] = {
     "llama": "mixtral",
@@ -143,7 +144,7 @@ def upcycle(
         MoEWeightsError: its files lack a tensor.
     """
     folder = hub.resolve(name_or_path, revision)
-    mixture = upcycled_config(read_json(Path(folder) / "config.json"), config)
+    mixture = upcycled_config(read_json(Path(folder) / CONFIG, MoEConfigError), config)
     with hub.SafetensorsReader(folder) as reader:
         dtype = main_dtype([(n, reader.shape(n), reader.dtype(n)) for n in reader.names()])
         names = list(parameter_shapes(mixture))
