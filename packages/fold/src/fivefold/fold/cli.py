@@ -7,9 +7,14 @@ from importlib.metadata import version
 
 from fivefold.fold.data.command import add_prepare, run_prepare
 from fivefold.fold.errors import FoldError
+from fivefold.fold.training.command import add_export, add_train, run_export, run_train
 from fivefold.parallel_core.commands import run_command
 
-_VERBS = {"prepare": (add_prepare, run_prepare, "read structures and alignments into shards")}
+_VERBS = {
+    "prepare": (add_prepare, run_prepare, "read structures and alignments into shards"),
+    "train": (add_train, run_train, "train a network, or go on with a run"),
+    "export": (add_export, run_export, "write a network in the form of another program"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="fivefold-fold", description="Data for AlphaFold 2, as the network is trained on it."
+        prog="fivefold-fold",
+        description="Prepare data for AlphaFold 2, train it, and predict structures.",
     )
     parser.add_argument(
         "--version", action="version", version=f"%(prog)s {version('fivefold-fold')}"

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fivefold.fold.config import FeatureConfig
@@ -80,6 +80,14 @@ class Chains:
 
     def __getitem__(self, number: int) -> Example:
         record = self.records[number]
+        try:
+            return self._example(record)
+        except (OSError, SafetensorError) as error:
+            raise FoldDataError(
+                f"{record['name']} cannot be read from {self.folder / record['shard']}: {error}"
+            ) from error
+
+    def _example(self, record: Mapping[str, Any]) -> Example:
         name, shard = record["name"], _opened(self.folder / record["shard"])
         classes = shard.get_tensor(f"{name}/classes")
         return Example(
@@ -152,13 +160,20 @@ class TrainingSamples:
     def chain_of(self, sample: int) -> int:
         """Number of the chain that sample ``n`` is a crop of."""
         epoch, place = divmod(sample, len(self.chains))
-        if self._epoch is None or self._epoch[0] != epoch:
+        known = self._epoch  # read once: other threads may be in another epoch
+        if known is None or known[0] != epoch:
             rng = np.random.default_rng([self.seed, epoch])
             drawn = rng.choice(len(self.chains), len(self.chains), p=self.weights)
-            self._epoch = (epoch, drawn)
-        return int(self._epoch[1][place])
+            known = self._epoch = (epoch, drawn)
+        return int(known[1][place])
 
     def __getitem__(self, sample: int) -> list[dict[str, Tensor]]:
-        example = self.chains[self.chain_of(sample)]
+        return self.features(sample, self.num_recycles)
+
+    def features(
+        self, sample: int, num_recycles: int, chain: int | None = None
+    ) -> list[dict[str, Tensor]]:
+        """Sample ``n`` with so many recycles; of a chain by number instead of the one drawn."""
+        example = self.chains[self.chain_of(sample) if chain is None else chain]
         draw = Draw(seed=self.seed, epoch=sample // len(self.chains), sample=sample)
-        return training_features(example, self.config, draw, self.num_recycles)
+        return training_features(example, self.config, draw, num_recycles)

@@ -121,7 +121,7 @@ def training_features(
     start = int(rng.integers(0, length - size + 1))
     crop = slice(start, start + size)
     common = _common(example, crop, config.crop_size)
-    common |= _labels(example, crop, config.crop_size)
+    common |= _labels(example.chain, example.resolution, crop, config.crop_size)
     common["use_clamped_fape"] = torch.tensor(float(rng.random() < CLAMPED_FRACTION))
     if config.max_templates:
         chosen = _drawn_templates(example.templates, config.max_templates, rng)
@@ -142,7 +142,9 @@ def prediction_features(
     crop, size = slice(None), len(example.sequence)
     common = _common(example, crop, size)
     if example.chain is not None:
-        common |= _labels(example, crop, size) | {"use_clamped_fape": torch.tensor(1.0)}
+        common |= _labels(example.chain, example.resolution, crop, size) | {
+            "use_clamped_fape": torch.tensor(1.0)
+        }
     if config.max_templates:
         first = list(range(config.max_templates))
         chosen = _chosen(example.templates, first)
@@ -178,15 +180,14 @@ def _common(example: Example, crop: slice, size: int) -> dict[str, Tensor]:
     return {name: _padded(x, (size,)) for name, x in made.items()}
 
 
-def _labels(example: Example, crop: slice, size: int) -> dict[str, Tensor]:
-    assert example.chain is not None  # both callers have looked
-    aatype = _padded(torch.from_numpy(example.chain.aatype)[crop], (size,))
-    positions = _padded(torch.from_numpy(example.chain.positions)[crop], (size,))
-    mask = _padded(torch.from_numpy(example.chain.mask)[crop], (size,))
+def _labels(chain: Chain, resolution: float, crop: slice, size: int) -> dict[str, Tensor]:
+    aatype = _padded(torch.from_numpy(chain.aatype)[crop], (size,))
+    positions = _padded(torch.from_numpy(chain.positions)[crop], (size,))
+    mask = _padded(torch.from_numpy(chain.mask)[crop], (size,))
     return {
         "all_atom_positions": positions,
         "all_atom_mask": mask,
-        "resolution": torch.tensor(float(example.resolution)),
+        "resolution": torch.tensor(float(resolution)),
         **supervised_features(aatype, positions, mask),
     }
 

@@ -66,6 +66,8 @@ class AlphaFold(Pretrained):
         >>> outputs["structure_module"]["final_atom_positions"]   # doctest: +SKIP
     """
 
+    # Modules whose parameters are not rounded where the rest computes in 16 bits.
+    full_precision: Sequence[str] = ("structure_module", "heads")
     recompute_regions: Mapping[str, str] = {
         "layer": "*.blocks.*",
         "attention_core": "*.blocks.*.*.attention.core",

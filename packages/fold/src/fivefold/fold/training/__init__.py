@@ -1,0 +1,1 @@
+"""Training: chains to samples, steps with clipped samples, moving averages, held-out scores."""
