@@ -1,5 +1,6 @@
 """Pruning of models as they train."""
 
+import io
 from typing import Any
 
 import pytest
@@ -9,9 +10,11 @@ from torch import nn
 from fivefold.sparse_rnn import SparseGRU, SparseLSTM, SparseRNNInputError
 from fivefold.sparse_rnn.prune import (
     Balanced,
+    Blocks,
     Cubic,
     GradualPruner,
     Narang,
+    NofM,
     OneShot,
     RigL,
     Unstructured,
@@ -174,3 +177,134 @@ def test_mistakes_are_told() -> None:
         GradualPruner(nn.LSTM(2, 2), OneShot(density=0.1), kinds=("bias",))
     with pytest.raises(SparseRNNInputError, match="start must be below end"):
         RigL(start=5, end=5)
+
+
+PATTERNS = {
+    "unstructured": Unstructured(),
+    "balanced": Balanced(bank=16),
+    "blocks": Blocks(rows=16),
+    "2:4": NofM(n=2, m=4),
+}
+
+
+def _fits(name: str, mask: torch.Tensor) -> bool:
+    """Whether a mask has the pattern's form, whatever its density."""
+    if name == "balanced":
+        return mask.view(mask.shape[0], -1, 16).sum(-1).unique().numel() == 1
+    if name == "2:4":
+        return int(mask.view(mask.shape[0], -1, 4).sum(-1).max()) <= 2
+    if name == "blocks":
+        blocks = mask.view(-1, 16, mask.shape[1])
+        return torch.equal(blocks.all(1), blocks.any(1))
+    return True
+
+
+@pytest.mark.parametrize("scope", ["global", "matrix", "gate"])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_pattern_holds_after_every_step(name: str, scope: Any) -> None:
+    model = _Model()
+    schedule = Cubic(density=0.5, start=0, end=4, every=2)
+    regrowth = RigL(start=5, end=9, every=1, fraction=0.4)
+    pruner = GradualPruner(model, schedule, pattern=PATTERNS[name], scope=scope, regrowth=regrowth)
+    changed = 0
+    for step in range(10):
+        before = {key: mask.clone() for key, mask in pruner.masks.items()}
+        _train(model, pruner, 1)
+        for key, mask in pruner.masks.items():
+            assert not model.get_parameter(key)[~mask].any()
+            if step >= 4:
+                assert _fits(name, mask)
+            if step >= 5:
+                assert int(mask.sum()) == int(before[key].sum())
+                changed += int((mask & ~before[key]).sum())
+    assert changed > 0
+    assert pruner.density == pytest.approx(0.5, abs=0.01)
+
+
+def test_weights_in_use_stay_where_nothing_else_has_a_gradient() -> None:
+    weight, mask = torch.tensor([[3.0, 2.0, 0.0, 0.0]]), torch.tensor([[True, True, False, False]])
+    for pattern in (Unstructured(), NofM(n=2, m=4)):
+        kept = regrow(weight, torch.zeros(1, 4), mask, 0.5, pattern)
+        assert torch.equal(kept, mask)
+        moved = regrow(weight, torch.tensor([[9.0, 9.0, 0.0, 1e30]]), mask, 0.5, pattern)
+        assert moved.tolist() == [[True, False, False, True]]
+        lost = regrow(weight, torch.full((1, 4), torch.nan), mask, 0.5, pattern)
+        assert torch.equal(lost, mask)
+
+
+def test_blocks_at_an_edge_do_not_multiply() -> None:
+    weight, pattern = torch.rand(37, 6) + 0.1, Blocks(rows=16)
+    (mask,) = pattern.select([weight], 0.5)
+    for _ in range(5):
+        mask = regrow(weight, torch.rand(37, 6), mask, 0.3, pattern)
+        assert pattern.density_of(mask) == 0.5
+
+
+def test_a_run_that_was_stopped_goes_on_bit_for_bit() -> None:
+    def make() -> tuple[_Model, GradualPruner, torch.optim.Optimizer]:
+        torch.manual_seed(1)
+        model = _Model()
+        pruner = GradualPruner(
+            model,
+            Cubic(density=0.2, start=1, end=5, every=2),
+            regrowth=RigL(start=6, end=12, every=2),
+        )
+        return model, pruner, torch.optim.Adam(model.parameters(), 0.01)
+
+    def run(made: tuple[Any, ...], steps: range) -> None:
+        model, pruner, optimizer = made
+        for step in steps:
+            generator = torch.Generator().manual_seed(step)
+            tokens = torch.randint(11, (5, 4), generator=generator)
+            optimizer.zero_grad()
+            model(tokens).square().mean().backward()
+            optimizer.step()
+            pruner.step()
+
+    whole, first, second = make(), make(), make()
+    run(whole, range(10))
+    run(first, range(7))
+    buffer = io.BytesIO()
+    torch.save([each.state_dict() for each in first], buffer)
+    buffer.seek(0)
+    for each, state in zip(second, torch.load(buffer), strict=True):
+        each.load_state_dict(state)
+    run(second, range(7, 10))
+    for (name, one), other in zip(whole[0].named_parameters(), second[0].parameters(), strict=True):
+        assert torch.equal(one, other), name
+    assert all(torch.equal(whole[1].masks[name], mask) for name, mask in second[1].masks.items())
+
+
+@pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_cells_are_pruned_too(cell: Any) -> None:
+    model = nn.ModuleDict({"cell": cell(4, 16), "rnn": nn.GRU(4, 16)})
+    pruner = GradualPruner(model, OneShot(density=0.25), scope="gate")
+    pruner.step()
+    weight = model["cell"].weight_hh
+    gates = weight.shape[0] // 16
+    assert [int((part != 0).sum()) for part in weight.chunk(gates)] == [64] * gates
+    made = export(model)
+    assert type(made["cell"]) is cell and torch.equal(made["cell"].weight_hh, weight)
+    assert isinstance(made["rnn"], SparseGRU)
+
+
+def test_shared_weights_have_one_mask_and_shared_layers_stay_shared() -> None:
+    model = nn.ModuleDict({"a": nn.LSTM(4, 16), "b": nn.LSTM(4, 16)})
+    model["b"].weight_hh_l0 = model["a"].weight_hh_l0
+    pruner = GradualPruner(model, OneShot(density=0.25))
+    assert list(pruner.masks) == ["a.weight_hh_l0"]
+    twice = nn.ModuleDict({"a": nn.LSTM(4, 16)})
+    twice["b"] = twice["a"]
+    made = export(twice, density=0.25)
+    assert isinstance(made["a"], SparseLSTM) and made["a"] is made["b"]
+
+
+def test_export_keeps_places_of_masks_whose_weights_are_zero() -> None:
+    model = nn.ModuleDict({"rnn": nn.LSTM(4, 16)})
+    pruner = GradualPruner(model, OneShot(density=0.25))
+    pruner.step()
+    with torch.no_grad():
+        model["rnn"].weight_hh_l0[pruner.masks["rnn.weight_hh_l0"]] = 0.0
+    made = export(model, masks=pruner.masks)
+    assert torch.equal(made["rnn"].mask("weight_hh_l0"), pruner.masks["rnn.weight_hh_l0"])
+    assert export(model["rnn"]).density == 0.0

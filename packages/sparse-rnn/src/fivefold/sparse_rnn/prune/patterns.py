@@ -27,6 +27,12 @@ class Pattern(Protocol):
     def above(self, score: Tensor, threshold: float) -> Tensor:
         """The mask of what has a score above a threshold."""
 
+    def survivors(self, score: Tensor, density: float) -> Tensor:
+        """The mask of what stays when others are to take the place of the rest."""
+
+    def density_of(self, mask: Tensor) -> float:
+        """The density with which ``select`` keeps as many as a mask does."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unstructured(Config):
@@ -39,6 +45,14 @@ class Unstructured(Config):
     def above(self, score: Tensor, threshold: float) -> Tensor:
         """Each value by itself."""
         return score > threshold
+
+    def survivors(self, score: Tensor, density: float) -> Tensor:
+        """As ``select``."""
+        return self.select([score], density)[0]
+
+    def density_of(self, mask: Tensor) -> float:
+        """The share that is true."""
+        return _share(mask)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +79,14 @@ class Blocks(Config):
     def above(self, score: Tensor, threshold: float) -> Tensor:
         """Blocks whose largest value is above, as in Narang et al., arXiv 1711.02782."""
         return self._spread(self._padded(score).amax((1, 3)) > threshold, score)
+
+    def survivors(self, score: Tensor, density: float) -> Tensor:
+        """As ``select``: whole blocks."""
+        return self.select([score], density)[0]
+
+    def density_of(self, mask: Tensor) -> float:
+        """The share of blocks, of which those at an edge are smaller."""
+        return _share(self._padded(mask.float()).amax((1, 3)) > 0)
 
     def _sums(self, score: Tensor) -> Tensor:
         return self._padded(score).sum((1, 3))
@@ -104,6 +126,14 @@ class Balanced(Config):
         """Not with a threshold, under which banks would differ."""
         raise _no_threshold("bank-balanced")
 
+    def survivors(self, score: Tensor, density: float) -> Tensor:
+        """The highest wherever they are: what leaves a bank makes room in it."""
+        return _highest([score], density)[0]
+
+    def density_of(self, mask: Tensor) -> float:
+        """The share that is true."""
+        return _share(mask)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NofM(Config):
@@ -130,6 +160,14 @@ class NofM(Config):
         """Not with a threshold, under which groups would differ."""
         raise _no_threshold(f"{self.n}:{self.m}")
 
+    def survivors(self, score: Tensor, density: float) -> Tensor:
+        """The highest wherever they are: what leaves a bank makes room in it."""
+        return _highest([score], density)[0]
+
+    def density_of(self, mask: Tensor) -> float:
+        """The share that is true."""
+        return _share(mask)
+
 
 def _highest(scores: Sequence[Tensor], density: float) -> list[Tensor]:
     flat = torch.cat([score.flatten() for score in scores])
@@ -139,6 +177,10 @@ def _highest(scores: Sequence[Tensor], density: float) -> list[Tensor]:
     mask &= flat > 0
     parts = mask.split([score.numel() for score in scores])
     return [part.view(score.shape) for part, score in zip(parts, scores, strict=True)]
+
+
+def _share(mask: Tensor) -> float:
+    return float(mask.sum()) / max(mask.numel(), 1)
 
 
 def _in_banks(score: Tensor, bank: int, keep: int) -> Tensor:

@@ -6,7 +6,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fivefold.sparse_rnn.dense import NUM_GATES
 from fivefold.sparse_rnn.errors import SparseRNNInputError
 from fivefold.sparse_rnn.prune.patterns import Pattern, Unstructured
 from fivefold.sparse_rnn.prune.regrowth import RigL, regrow
@@ -23,11 +22,12 @@ class GradualPruner:
     momentum that an optimizer has gathered does not move them either.
 
     Args:
-        model: any module that holds ``torch.nn.RNN``, ``LSTM`` or ``GRU``.
+        model: any module that holds ``torch.nn.RNN``, ``LSTM``, ``GRU``, or cells of them; on the
+            device where it is trained.
         schedule: when and how much, see ``fivefold.sparse_rnn.prune.schedules``.
         pattern: which values may be kept together.
         scope: what shares a budget: "global" all matrices, "matrix" each one, "gate" each gate of
-            each matrix.
+            each matrix. A threshold (``Narang``) and banks of a row share nothing.
         kinds: which weights: "weight_hh" recurrent ones, "weight_ih" those of inputs.
         regrowth: whether weights change place once they are few; the default is not at all.
 
@@ -61,7 +61,7 @@ class GradualPruner:
         self._gates = dict(_find(model, kinds))
         if not self._gates:
             raise SparseRNNInputError(
-                f"{type(model).__name__} holds no torch.nn.RNN, LSTM or GRU to prune"
+                f"{type(model).__name__} holds no torch.nn.RNN, LSTM, GRU or cell of them to prune"
             )
         self._weights = {name: model.get_parameter(name) for name in self._gates}
         self.masks = {
@@ -161,9 +161,11 @@ class GradualPruner:
 
 def _find(model: nn.Module, kinds: Sequence[str]) -> Iterator[tuple[str, int]]:
     """Names of the weights to prune and their numbers of gates."""
+    seen: set[int] = set()
     for prefix, module in model.named_modules():
-        if not isinstance(module, nn.RNNBase):
+        if not isinstance(module, nn.RNNBase | nn.RNNCellBase):
             continue
-        for name, _ in module.named_parameters(recurse=False):
-            if name.startswith(tuple(kinds)):
-                yield f"{prefix}.{name}".removeprefix("."), NUM_GATES[module.mode]
+        for name, weight in module.named_parameters(recurse=False):
+            if name.startswith(tuple(kinds)) and id(weight) not in seen:
+                seen.add(id(weight))
+                yield f"{prefix}.{name}".removeprefix("."), weight.shape[0] // module.hidden_size

@@ -13,6 +13,9 @@ from fivefold.parallel_core.config import Config
 from fivefold.sparse_rnn.errors import SparseRNNInputError
 from fivefold.sparse_rnn.prune.patterns import Pattern
 
+# Less than any float32 and yet above zero, in float64.
+_LEAST = 1e-300
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RigL(Config):
@@ -60,13 +63,12 @@ def regrow(
         fraction: of the kept values that may go.
         pattern: what masks must look like.
     """
-    density = float(mask.sum()) / max(mask.numel(), 1)
-    size = torch.where(mask, weight.abs(), 0)
-    (stay,) = pattern.select([size], density * (1 - fraction))
-    # What stays comes before all, and of the rest the largest gradients; just dropped ones may not
-    # come back in the same step.
-    best = gradient.abs().max() + 1
-    dropped = mask & ~stay
-    score = torch.where(stay, best + 1, torch.where(dropped, 0, gradient.abs()))
-    (grown,) = pattern.select([score], density)
+    density, size = pattern.density_of(mask), weight.abs().double()
+    stay = pattern.survivors(torch.where(mask, size + _LEAST, 0), density * (1 - fraction))
+    # What stays comes first and of the rest the steepest; what was just dropped comes back only
+    # where nothing else has a gradient, else there would be fewer and fewer.
+    steep = gradient.abs().double().nan_to_num(0, 0, 0)
+    last = (size / size.max().clamp(min=_LEAST) + 1) * _LEAST
+    score = torch.where(mask & ~stay, last, steep.masked_fill(mask, 0))
+    (grown,) = pattern.select([score.masked_fill(stay, torch.inf)], density)
     return grown
