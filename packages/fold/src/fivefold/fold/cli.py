@@ -7,12 +7,20 @@ from importlib.metadata import version
 
 from fivefold.fold.data.command import add_prepare, run_prepare
 from fivefold.fold.errors import FoldError
+from fivefold.fold.predicting.command import (
+    add_evaluate,
+    add_predict,
+    run_evaluate,
+    run_predict,
+)
 from fivefold.fold.training.command import add_export, add_train, run_export, run_train
 from fivefold.parallel_core.commands import run_command
 
 _VERBS = {
     "prepare": (add_prepare, run_prepare, "read structures and alignments into shards"),
     "train": (add_train, run_train, "train a network, or go on with a run"),
+    "predict": (add_predict, run_predict, "predict structures"),
+    "evaluate": (add_evaluate, run_evaluate, "score predictions by known structures"),
     "export": (add_export, run_export, "write a network in the form of another program"),
 }
 

@@ -1,0 +1,1 @@
+"""Predicting structures: inputs of the user, the network, confidence, files and pictures."""
