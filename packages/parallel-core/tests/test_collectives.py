@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fivefold.parallel_core import collectives
-from fivefold.parallel_core.collectives import DECLARED, piece_size
+from fivefold.parallel_core.collective_types import DECLARED
 from fivefold.parallel_core.launcher import launch
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.ledger import CommLedger
@@ -304,12 +304,3 @@ def test_plain_collectives_of_one_rank_give_their_input_back() -> None:
     assert collectives.sum_over(x, axis) is x
     assert collectives.gather_along(x, axis, 1) is x
     assert collectives.scatter_sum_along(x, axis, 0) is x
-
-
-def test_pieces_are_equal_or_refused_with_the_numbers() -> None:
-    axis = Axis("cp", 4, 2, (0, 1, 2, 3))
-    assert piece_size(12, axis) == 3
-    x = torch.arange(24).view(2, 12)
-    assert collectives.piece_along(x, axis, 1).tolist() == x[:, 6:9].tolist()
-    with pytest.raises(ValueError, match=r"dim of 10 cannot be split over cp of 4 ranks.*of 4"):
-        piece_size(10, axis)

@@ -219,3 +219,11 @@ def test_heads_that_do_not_divide_are_named(cp: int, heads: int, key_heads: int)
         ConfigError, match=rf"cp=4 .* {heads} query heads, .* {key_heads} key heads"
     ):
         HeadsContext(Core(), axis_of(0, cp))(q, k, k)
+
+
+def test_a_form_without_attention_cannot_be_made() -> None:
+    class Nothing(ContextCore):
+        pass
+
+    with pytest.raises(TypeError, match=r"abstract method.*attend"):
+        Nothing(Core(), axis_of(0, 2))

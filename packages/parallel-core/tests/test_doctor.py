@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fivefold.parallel_core import collectives
 from fivefold.parallel_core.cli import main
-from fivefold.parallel_core.collectives import DECLARED
+from fivefold.parallel_core.collective_types import DECLARED
 from fivefold.parallel_core.doctor import Options, command, rounds
 from fivefold.parallel_core.doctor.examination import shared_groups
 from fivefold.parallel_core.doctor.probes import DTYPES, PROBES, Values, difference

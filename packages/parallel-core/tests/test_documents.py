@@ -65,11 +65,12 @@ class Found:
 
 
 def on_a_rank() -> dict[tuple, Found]:
-    return {case: _attend(*case) for case in CASES}
+    # Groups take longer to make than attention takes here.
+    topologies = {cp: Topology(Layout(4, cp=cp)) for cp in CP_SIZES}
+    return {(cp, *case): _attend(topologies[cp], *case) for cp, *case in CASES}
 
 
-def _attend(cp: int, form: str, split: str, packing: str, window: int | None) -> Found:
-    topology = Topology(Layout(4, cp=cp))
+def _attend(topology: Topology, form: str, split: str, packing: str, window: int | None) -> Found:
     axis = topology.axis("cp")
     parts = [take_held(x, axis, split) for x in drawn()]  # type: ignore[arg-type]
     leaves = [x.clone().requires_grad_() for x in parts[:3]]

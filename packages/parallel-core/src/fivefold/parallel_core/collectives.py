@@ -1,20 +1,10 @@
 """Collectives with autograd: each is one direction forward and its conjugate backward.
 
-How a tensor lies along an axis is said in four words, after the types of the SPMD literature:
-
-- ``replicate``: every rank holds the same values, and each rank's gradient is a part of the sum;
-- ``invariant``: every rank holds the same values, and every rank holds the same whole gradient;
-- ``shard``: every rank holds its own piece;
-- ``partial``: the value is the sum of what the ranks hold.
-
-The gradient of a ``replicate`` tensor is ``partial`` and the other way round; ``shard`` and
-``invariant`` are their own. ``DECLARED`` lists every operator with its types and its cost.
-
-On an axis of one rank every function returns its input and sends nothing.
+``collective_types`` says how their inputs and outputs lie along an axis, and what they cost. On an
+axis of one rank every function returns its input and sends nothing.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,45 +12,30 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fivefold.parallel_core._compat import all_gather_single, reduce_scatter_single
+from fivefold.parallel_core.even import piece_along, piece_size
 from fivefold.parallel_core.ledger import labelled
 from fivefold.parallel_core.topology import Axis
 
-
-@dataclass(frozen=True, slots=True)
-class Declared:
-    """What a collective takes, gives and costs.
-
-    Costs are formulas of the bytes one rank sends, t ranks and n bytes of the whole tensor. Where
-    ranks hold unequal numbers of rows, own and others are the bytes of this rank's rows and of the
-    other ranks', sent and received those that go to and come from other ranks.
-
-    Attributes:
-        source: how the input lies along the axis.
-        result: how the output lies along the axis.
-        forward: cost of the forward pass.
-        backward: cost of the backward pass.
-    """
-
-    source: str
-    result: str
-    forward: str
-    backward: str
-
-
-_RING, _TWICE = "(t-1)/t*n", "2*(t-1)/t*n"
-_TO_ALL, _FROM_ALL = "(t-1)*own", "others"
-
-DECLARED: dict[str, Declared] = {
-    "copy": Declared("invariant", "replicate", "0", _TWICE),
-    "all_reduce": Declared("partial", "invariant", _TWICE, "0"),
-    "all_gather": Declared("shard", "replicate", _RING, _RING),
-    "reduce_scatter": Declared("partial", "shard", _RING, _RING),
-    "gather": Declared("shard", "invariant", _RING, "0"),
-    "split": Declared("invariant", "shard", "0", _RING),
-    "all_to_all": Declared("shard", "shard", "sent", "received"),
-    "all_gather_v": Declared("shard", "replicate", _TO_ALL, _FROM_ALL),
-    "reduce_scatter_v": Declared("partial", "shard", _FROM_ALL, _TO_ALL),
-}
+__all__ = [
+    "all_gather",
+    "all_gather_v",
+    "all_reduce",
+    "all_to_all",
+    "copy",
+    "exchange_rows",
+    "gather",
+    "gather_along",
+    "gather_rows",
+    "piece_along",
+    "piece_size",
+    "reduce_scatter",
+    "reduce_scatter_v",
+    "scatter_sum_along",
+    "scatter_sum_rows",
+    "split",
+    "start_shift",
+    "sum_over",
+]
 
 
 # ---- plain collectives, without autograd ---------------------------------------------------
@@ -96,26 +71,6 @@ def scatter_sum_along(x: Tensor, axis: Axis, dim: int) -> Tensor:
     with labelled(axis.name):
         reduce_scatter_single(out, x, group=axis.group)
     return out.movedim(0, dim).contiguous()
-
-
-def piece_size(length: int, axis: Axis) -> int:
-    """``length`` divided by the ranks of ``axis``.
-
-    Raises:
-        ValueError: it does not divide.
-    """
-    if length % axis.size:
-        raise ValueError(
-            f"a dim of {length} cannot be split over {axis.name} of {axis.size} ranks; it must be "
-            f"a multiple of {axis.size}"
-        )
-    return length // axis.size
-
-
-def piece_along(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    """This rank's piece of ``x`` along ``dim``; nothing is sent."""
-    size = piece_size(x.shape[dim], axis)
-    return x.narrow(dim, axis.rank * size, size)
 
 
 def exchange_rows(

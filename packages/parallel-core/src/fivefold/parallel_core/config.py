@@ -1,21 +1,31 @@
 """Configuration as frozen dataclasses of plain data: strict reading, TOML files, overrides."""
 
 import dataclasses
-import difflib
 import tomllib
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
+from fivefold.parallel_core.config_types import (
+    Table,
+    checked,
+    described,
+    fields_of,
+    is_table,
+    joined,
+    listed,
+    options_of,
+    unknown_key,
+)
 from fivefold.parallel_core.errors import ConfigError
 
 _C = TypeVar("_C", bound="Config")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Config:
+class Config(Table):
     """Base of every configuration: plain data that goes to a dict and comes back checked.
 
     A subclass repeats the decorator and declares fields of ``str``, ``int``, ``float``,
@@ -33,7 +43,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that JSON can hold: nested configs as dicts, tuples as lists."""
-        return {name: _plain(getattr(self, name)) for name in _kinds(type(self))}
+        return {name: _plain(getattr(self, name)) for name in fields_of(type(self))}
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any], where: str = "") -> Self:
@@ -49,17 +59,17 @@ class Config:
             ConfigError: an unknown or missing key, a value of the wrong type, or a value that
                 the config itself refuses; the message names the dotted key.
         """
-        kinds = _kinds(cls)
+        kinds = fields_of(cls)
         for key in mapping:
             if key not in kinds:
-                raise ConfigError(_unknown(key, kinds, where))
+                raise ConfigError(unknown_key(key, kinds, where))
         missing = [name for name in _required(cls) if name not in mapping]
         if missing:
             raise ConfigError(
-                f"{where or cls.__name__}: missing {_listed(missing)}; "
-                f"{cls.__name__} needs {_listed(_required(cls))}"
+                f"{where or cls.__name__}: missing {listed(missing)}; "
+                f"{cls.__name__} needs {listed(_required(cls))}"
             )
-        values = {key: _check(mapping[key], kinds[key], _join(where, key)) for key in mapping}
+        values = {key: checked(mapping[key], kinds[key], joined(where, key)) for key in mapping}
         try:
             return cls(**values)
         except ConfigError as error:
@@ -74,7 +84,7 @@ def replace(config: _C, **changes: object) -> _C:
     Raises:
         ConfigError: as ``Config.from_dict``.
     """
-    kept = {name: getattr(config, name) for name in _kinds(type(config))}
+    kept = {name: getattr(config, name) for name in fields_of(type(config))}
     return type(config).from_dict(kept | changes)
 
 
@@ -115,12 +125,6 @@ def load_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read config file {path}: {error.strerror}") from None
 
 
-def _kinds(cls: type[Config]) -> dict[str, Any]:
-    """Field names to resolved types, in the order of declaration."""
-    hints = get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
-
-
 def _required(cls: type[Config]) -> list[str]:
     """Names of the fields that have no default."""
     missing = dataclasses.MISSING
@@ -141,100 +145,35 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _check(value: Any, kind: Any, where: str) -> Any:
-    """``value`` as the type ``kind``, or a ConfigError that says what ``kind`` would be."""
-    if kind is Any:
-        return value
-    if _is_config(kind) and isinstance(value, Mapping):
-        return kind.from_dict(value, where)
-    origin = get_origin(kind)
-    if origin in _CONTAINERS:
-        return _CONTAINERS[origin](value, kind, where)
-    if kind is float and type(value) is int:
-        return float(value)
-    # type(...) and not isinstance: True is an int in Python, and no count in a config.
-    if type(value) is kind or (_is_config(kind) and isinstance(value, kind)):
-        return value
-    raise _mismatch(value, kind, where)
-
-
-def _check_union(value: Any, kind: Any, where: str) -> Any:
-    options = [option for option in get_args(kind) if option is not types.NoneType]
-    if value is None and len(options) < len(get_args(kind)):
-        return None
-    if len(options) == 1 and (_is_config(options[0]) or get_origin(options[0])):
-        return _check(value, options[0], where)  # its own message says where inside it is wrong
-    for option in sorted(options, key=lambda option: type(value) is not option):
-        try:
-            return _check(value, option, where)
-        except ConfigError:
-            continue
-    raise _mismatch(value, kind, where)
-
-
-def _check_literal(value: Any, kind: Any, where: str) -> Any:
-    for choice in get_args(kind):
-        if type(choice) is type(value) and choice == value:
-            return choice
-    raise _mismatch(value, kind, where)
-
-
-def _check_tuple(value: Any, kind: Any, where: str) -> Any:
-    if not isinstance(value, tuple | list):
-        raise _mismatch(value, kind, where)
-    items = get_args(kind)
-    if len(items) == 2 and items[1] is Ellipsis:
-        items = items[:1] * len(value)
-    if len(items) != len(value):
-        raise _mismatch(value, kind, where)
-    pairs = zip(value, items, strict=True)
-    return tuple(_check(item, of, f"{where}[{i}]") for i, (item, of) in enumerate(pairs))
-
-
-def _check_dict(value: Any, kind: Any, where: str) -> Any:
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise _mismatch(value, kind, where)
-    return {key: _check(item, get_args(kind)[1], _join(where, key)) for key, item in value.items()}
-
-
-_CONTAINERS: dict[Any, Callable[[Any, Any, str], Any]] = {
-    types.UnionType: _check_union,
-    Union: _check_union,
-    Literal: _check_literal,
-    tuple: _check_tuple,
-    dict: _check_dict,
-}
-
-
 def _set(data: dict[str, Any], kind: Any, keys: list[str], text: str, where: str) -> None:
     """Put ``text``, read by its field's type, at the path ``keys`` of the plain ``data``."""
-    table = next((k for k in _options(kind) if _is_config(k) or get_origin(k) is dict), None)
+    table = next((k for k in options_of(kind) if is_table(k) or get_origin(k) is dict), None)
     if table is None:
         raise ConfigError(
-            f"{where}: is {_describe(kind)} and has no key {'.'.join(keys)!r} inside it"
+            f"{where}: is {described(kind)} and has no key {'.'.join(keys)!r} inside it"
         )
     key, rest = keys[0], keys[1:]
-    kinds = _kinds(table) if _is_config(table) else {key: get_args(table)[1]}
+    kinds = fields_of(table) if is_table(table) else {key: get_args(table)[1]}
     if key not in kinds:
-        raise ConfigError(_unknown(key, kinds, where))
+        raise ConfigError(unknown_key(key, kinds, where))
     if not rest:
         data[key] = _read(text, kinds[key])
         return
     if not isinstance(data.get(key), dict):
         data[key] = {}
-    _set(data[key], kinds[key], rest, text, _join(where, key))
+    _set(data[key], kinds[key], rest, text, joined(where, key))
 
 
 def _read(text: str, kind: Any) -> Any:
-    """``text`` as plain data of ``kind``; unreadable text stays text, which ``_check`` refuses."""
-    options = _options(kind)
+    """``text`` as plain data of ``kind``; unreadable text stays text, which ``checked`` refuses."""
+    options = options_of(kind)
     if types.NoneType in options and text.lower() in ("none", "null"):
         return None
     # Text is also a legal str, so every other reading goes first.
     for option in sorted(options, key=lambda option: option is str):
         value = _read_one(text, option)
         try:
-            _check(value, option, "")
+            checked(value, option, "")
         except ConfigError:
             continue
         return value
@@ -259,50 +198,3 @@ def _read_one(text: str, kind: Any) -> Any:
         except ValueError:
             return text
     return text
-
-
-def _options(kind: Any) -> tuple[Any, ...]:
-    return get_args(kind) if get_origin(kind) in (types.UnionType, Union) else (kind,)
-
-
-def _is_config(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Config)
-
-
-def _join(where: str, key: str) -> str:
-    return f"{where}.{key}" if where else key
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names)
-
-
-def _unknown(key: Any, legal: Iterable[str], where: str) -> str:
-    near = difflib.get_close_matches(str(key), list(legal), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ";"
-    return f"unknown key {_join(where, str(key))!r}{hint} legal keys: {_listed(legal)}"
-
-
-def _mismatch(value: Any, kind: Any, where: str) -> ConfigError:
-    found = "none" if value is None else f"{value!r} ({type(value).__name__})"
-    return ConfigError(f"{where}: found {found}, expected {_describe(kind)}")
-
-
-def _describe(kind: Any) -> str:
-    """A type in words that a writer of TOML knows."""
-    origin, items = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return "one of " + _listed(repr(choice) for choice in items)
-    if origin is tuple and items[-1] is Ellipsis:
-        return f"a list of {_describe(items[0])}"
-    if origin is tuple:
-        return f"a list of {len(items)}: {_listed(map(_describe, items))}"
-    if origin is dict:
-        return f"a table of {_describe(items[1])}"
-    if origin in (types.UnionType, Union):
-        return " or ".join(map(_describe, items))
-    if _is_config(kind):
-        return f"a table with keys {_listed(_kinds(kind))}"
-    return {types.NoneType: "none", bool: "true or false"}.get(
-        kind, getattr(kind, "__name__", str(kind))
-    )

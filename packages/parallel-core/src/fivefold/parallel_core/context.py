@@ -8,6 +8,7 @@ What is not attention splits as well: a ``SplitMixer`` of a package's own, on ``
 Legend: B sequences, S tokens of the whole sequence, P = S/cp tokens here, D width of a head.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class SplitMixer(nn.Module):
         return x.split([len(at) for at in self.held(x.shape[1])], dim=1)
 
 
-class ContextCore(SplitMixer):
+class ContextCore(SplitMixer, ABC):
     """An attention core over a split sequence; the base of its three forms.
 
     Args:
@@ -90,9 +91,9 @@ class ContextCore(SplitMixer):
             documents.check(q)
         return self.attend(q, k, v, documents)
 
+    @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
         """What ``forward`` computes."""
-        raise NotImplementedError
 
     @property
     def partial(self) -> Partial:
