@@ -111,5 +111,15 @@ def test_pushing_uploads_what_was_saved(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(files.hub, "push", push)
     assert SparseGRU(4, 8, density=0.5).push_to_hub("me/layer", private=True) == "address"
-    assert seen["files"] == ["config.json", "model.safetensors"]
+    assert seen["files"] == ["README.md", "config.json", "model.safetensors"]
     assert seen["repo"] == "me/layer" and seen["private"] is True
+
+
+def test_a_card_says_what_there_is_and_is_kept(tmp_path: Path) -> None:
+    SparseRNN(4, 8, nonlinearity="relu", bidirectional=True, density=0.25).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "# Sparse RNN_RELU, 8 units, 25.0% of the recurrent weights" in card
+    assert "SparseRNN.from_pretrained(" in card and "| directions | 2 |" in card
+    (tmp_path / "README.md").write_text("mine")
+    SparseGRU(4, 8, density=0.5).save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"

@@ -24,9 +24,10 @@ from torch import Tensor
 from fivefold.parallel_core import hub
 from fivefold.parallel_core.errors import CheckpointError
 from fivefold.sparse_rnn import pattern
+from fivefold.sparse_rnn.card import layer_card
 from fivefold.sparse_rnn.errors import SparseRNNFileError
 
-CONFIG = "config.json"
+CONFIG, CARD = "config.json", "README.md"
 VERSION = 1
 FIELDS = ("compressed", "bitmask", "row_offsets", "shape")
 GATE_ORDER = {"LSTM": "i,f,g,o", "GRU": "r,z,n", "RNN_TANH": "h", "RNN_RELU": "h"}
@@ -89,7 +90,7 @@ def write(
 
     Args:
         folder: made if missing.
-        config: arguments of the layer, with "mode".
+        config: arguments of the layer, with "mode" and "density".
         tensors: as they are in the file.
 
     Returns:
@@ -103,6 +104,8 @@ def write(
     }
     plan = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
     written = hub.write_sharded(folder, plan, tensors.items(), metadata=metadata)
+    if not (folder / CARD).exists():
+        hub.atomic_write_text(folder / CARD, layer_card(config))
     # Last: a folder without it is no layer to anyone.
     hub.write_json(folder / CONFIG, described)
     return written

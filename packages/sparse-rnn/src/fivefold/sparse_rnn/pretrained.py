@@ -58,7 +58,11 @@ class PretrainedWeights(SparseWeights):
         return layer.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors``, see ``fivefold.sparse_rnn.files``."""
+        """Write ``config.json``, ``model.safetensors`` and a card: ``fivefold.sparse_rnn.files``.
+
+        Args:
+            folder: made if missing; a card that is there is kept.
+        """
         sizes = {n: getattr(self, n) for n in ("mode", "input_size", "hidden_size", "num_layers")}
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.named_parameters():
