@@ -73,3 +73,9 @@ def test_only_losses_of_training_count_as_steps_of_progress(
     assert "step 1: 1.235 bits per byte on held-out text" in lines
     assert lines[0].startswith("step 1/3 (33.3%), loss 2.5")
     assert lines[-1].startswith("step 2/3 (66.7%), loss 2.25")
+
+
+def test_a_run_that_fails_before_its_first_loss_says_why(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), RunReport(tmp_path, 3):
+        raise ZeroDivisionError
+    assert not (tmp_path / "loss.png").exists()

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from fivefold.parallel_core.errors import DataError
 from fivefold.parallel_core.training.metrics import JsonlSink, Sink, Sinks, TensorBoardSink
 from fivefold.parallel_core.training.plot import plot_losses
 from fivefold.parallel_core.training.progress import Progress
@@ -66,7 +67,9 @@ class RunReport:
     ) -> None:
         self._progress.close()
         self._sinks.finish()
-        self.draw()
+        # A run that failed before its first loss has no curve, and its own error is what matters.
+        with contextlib.suppress(*([] if error is None else [DataError])):
+            self.draw()
 
     def draw(self) -> None:
         """Draw the curve where matplotlib is installed; a run does not need it."""
