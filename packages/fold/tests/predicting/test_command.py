@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from fivefold.fold.cli import main
+from fivefold.fold.data.structures import read_structure
 from fivefold.fold.model.alphafold import AlphaFold
 
 REAL = Path(__file__).parents[1] / "real"
@@ -56,6 +57,7 @@ def test_sequences_and_alignments_are_predicted(words: list[str], tmp_path: Path
         (["--fasta", "x", "--a3m", "y"], "needs --fasta, --a3m or --mmcif"),
         (["--fasta", "x", "--chain", "A"], "--chain is of a structure"),
         (["--fasta", "x", "--chunk-size", "0"], "at least 1, found 0"),
+        (["--a3m", "x", "--hhr", "y"], "all three"),
         (["--fasta", "none.fasta"], "none.fasta cannot be read"),
     ],
 )
@@ -64,3 +66,20 @@ def test_faults_are_said(
 ) -> None:
     assert main([*words, *more]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_templates_of_hits_reach_the_network(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    letters = read_structure(REAL / "structures/1ubq.cif.gz").chain("A").sequence
+    (tmp_path / "q.a3m").write_text(f">q\n{letters}AAAAA\n")
+    hits = "No 1\n>1UBQ_A Ubiquitin\nProbab=99.9 Aligned_cols=76 Sum_probs=70.0\n\n"
+    hits += f"Q q 1 {letters} 76 (81)\nT 1UBQ_A 1 {letters} 76 (76)\n"
+    (tmp_path / "q.hhr").write_text(hits)
+    with_hits = ["--hhr", str(tmp_path / "q.hhr"), "--templates", str(REAL / "structures")]
+    found = []
+    for more in ([], with_hits):
+        assert main([*words, "--a3m", str(tmp_path / "q.a3m"), *more]) == 0
+        found.append((tmp_path / "out/q.pdb").read_text())
+    assert "templates of q: 1UBQ_A" in capsys.readouterr().out
+    assert found[0] != found[1]

@@ -4,148 +4,14 @@ Ours are concatenations of theirs along the first dim, so that merging and split
 neither of weights nor of an optimizer's moments.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterator
 
 import torch
 
 from fivefold.fold.config import AlphaFoldConfig, StackConfig
+from fivefold.fold.params.parts import STYLES, At, Maker, Part, Style, Table
 
-Style = Literal["alphafold", "openfold", "mlperf"]
-STYLES: tuple[Style, ...] = ("alphafold", "openfold", "mlperf")
-
-_ROOT = "alphafold/alphafold_iteration/"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
-    """Some rows of one of our parameters.
-
-    Attributes:
-        num_rows: how many.
-        alphafold: key in AlphaFold's ``.npz``.
-        block: place along the first dim of that array; None where it is no stack of blocks.
-        shape: of the array, or of its block.
-        openfold: name in OpenFold's version 2.
-        mlperf: name in MLPerf's reference.
-    """
-
-    num_rows: int
-    alphafold: str
-    block: int | None
-    shape: tuple[int, ...]
-    openfold: str
-    mlperf: str
-
-    def name(self, style: Style) -> str:
-        """The name in one of the two styles of flat dictionaries."""
-        return self.openfold if style == "openfold" else self.mlperf
-
-
-Table = Mapping[str, tuple[Part, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class _At:
-    """A module under its names: ours, AlphaFold's (with the block of a stack), the two others'."""
-
-    ours: str
-    alphafold: str
-    openfold: str
-    mlperf: str
-    block: int | None = None
-
-    def sub(self, ours: str, alphafold: str, openfold: str, mlperf: str | None = None) -> "_At":
-        """A module inside; an empty name stays at this one."""
-        names = (ours, alphafold, openfold, openfold if mlperf is None else mlperf)
-        separators = (".", "/", ".", ".")
-        held = (self.ours, self.alphafold, self.openfold, self.mlperf)
-        ours, alphafold, openfold, mlperf = (
-            separator.join(part for part in (old, new) if part)
-            for old, new, separator in zip(held, names, separators, strict=True)
-        )
-        return _At(ours, alphafold, openfold, mlperf, self.block)
-
-    def in_block(self, ours: str, number: int) -> "_At":
-        """Block ``number`` of a stack."""
-        openfold, mlperf = (f"{name}.blocks.{number}" for name in (self.openfold, self.mlperf))
-        return _At(ours, self.alphafold, openfold, mlperf, number)
-
-
-@dataclass(slots=True)
-class _Maker:
-    """Collects the table; shapes are those of our model."""
-
-    shapes: Mapping[str, tuple[int, ...]]
-    table: dict[str, tuple[Part, ...]] = field(default_factory=dict)
-
-    def part(self, at: _At, leaf: str, name: str, num_rows: int, shape: tuple[int, ...]) -> Part:
-        """A part whose leaf is called ``leaf`` by AlphaFold and ``name`` by the others.
-
-        A leaf that begins with two slashes lies in the module itself.
-        """
-        return Part(
-            num_rows=num_rows,
-            alphafold=_ROOT + at.alphafold + ("" if leaf.startswith("/") else "//") + leaf,
-            block=at.block,
-            shape=shape,
-            openfold=f"{at.openfold}.{name}",
-            mlperf=f"{at.mlperf}.{name}",
-        )
-
-    def joined(self, name: str, *parts: Part) -> None:
-        """One of our parameters of several parts."""
-        found, told = self.shapes[name][0], sum(part.num_rows for part in parts)
-        if found != told:
-            raise ValueError(f"{name} has {found} rows, its parts have {told}")
-        self.table[name] = parts
-
-    def linear(self, at: _At, *, bias: bool = True) -> None:
-        """A linear layer."""
-        num_out, num_in = self.shapes[f"{at.ours}.weight"]
-        shape = (num_in, num_out)
-        self.joined(f"{at.ours}.weight", self.part(at, "weights", "weight", num_out, shape))
-        if bias:
-            self.joined(f"{at.ours}.bias", self.part(at, "bias", "bias", num_out, (num_out,)))
-
-    def norm(self, at: _At) -> None:
-        """A layer norm."""
-        (size,) = self.shapes[f"{at.ours}.weight"]
-        for ours, leaf in (("weight", "scale"), ("bias", "offset")):
-            self.joined(f"{at.ours}.{ours}", self.part(at, leaf, ours, size, (size,)))
-
-    def heads(self, at: _At, name: str, leaf: str, num_heads: int, num_rows: int) -> Part:
-        """A projection (channels, heads, width) of attention, ``num_rows`` of one of ours."""
-        num_in = self.shapes[name][1]
-        shape = (num_in, num_heads, num_rows // num_heads)
-        return self.part(at, f"{leaf}_w", f"linear_{leaf[0]}.weight", num_rows, shape)
-
-    def output(self, at: _At, num_heads: int) -> None:
-        """What follows attention."""
-        num_out, num_in = self.shapes[f"{at.ours}.linear_o.weight"]
-        shape = (num_heads, num_in // num_heads, num_out)
-        weight = self.part(at, "output_w", "linear_o.weight", num_out, shape)
-        self.joined(f"{at.ours}.linear_o.weight", weight)
-        bias = self.part(at, "output_b", "linear_o.bias", num_out, (num_out,))
-        self.joined(f"{at.ours}.linear_o.bias", bias)
-
-    def attention(self, at: _At, num_heads: int) -> None:
-        """Gated self-attention."""
-        name = f"{at.ours}.linear_qkvg.weight"
-        rows = self.shapes[name][0] // 4
-        leaves = ("query", "key", "value", "gating")
-        self.joined(name, *(self.heads(at, name, leaf, num_heads, rows) for leaf in leaves))
-        gate = (num_heads, rows // num_heads)
-        bias = self.part(at, "gating_b", "linear_g.bias", rows, gate)
-        self.joined(f"{at.ours}.gate_bias", bias)
-        self.output(at, num_heads)
-
-    def bias_of_pairs(self, at: _At, name: str, openfold: str) -> None:
-        """The projection of pairs to a bias of each head."""
-        num_out, num_in = self.shapes[name]
-        part = self.part(at, "feat_2d_weights", f"{openfold}.weight", num_out, (num_in, num_out))
-        self.joined(name, part)
+__all__ = ["STYLES", "Part", "Style", "Table", "parts_of", "table"]
 
 
 def table(config: AlphaFoldConfig) -> Table:
@@ -155,11 +21,11 @@ def table(config: AlphaFoldConfig) -> Table:
     with torch.device("meta"):
         model = AlphaFold(config)
     shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
-    maker = _Maker(shapes)
+    maker = Maker(shapes)
     _embedders(maker)
     if config.template is not None:
         _templates(maker, config)
-    evoformer = _At("", "evoformer", "", "")
+    evoformer = At("", "evoformer", "", "")
     extra = evoformer.sub("extra_msa_stack", "extra_msa_stack", "extra_msa_stack")
     _stack(maker, extra, config.extra_msa, is_extra=True)
     main = evoformer.sub("evoformer", "evoformer_iteration", "evoformer", "evoformer_stack")
@@ -169,13 +35,13 @@ def table(config: AlphaFoldConfig) -> Table:
             "linear_single", "single_activations", "evoformer.linear", "evoformer_stack.linear"
         )
     )
-    _structure(maker, _At("", "", "", "").sub(*["structure_module"] * 3), config)
+    _structure(maker, At("", "", "", "").sub(*["structure_module"] * 3), config)
     _heads(maker, config)
     return {name: maker.table[name] for name in shapes}
 
 
-def _embedders(maker: _Maker) -> None:
-    root = _At("", "evoformer", "", "")
+def _embedders(maker: Maker) -> None:
+    root = At("", "evoformer", "", "")
     embedder = root.sub("input_embedder", "", "input_embedder")
     for ours, theirs, openfold in (
         ("linear_z_i", "left_single", "linear_tf_z_i"),
@@ -194,10 +60,10 @@ def _embedders(maker: _Maker) -> None:
     )
 
 
-def _templates(maker: _Maker, config: AlphaFoldConfig) -> None:
+def _templates(maker: Maker, config: AlphaFoldConfig) -> None:
     if config.template is None:
         return
-    root = _At("", "evoformer", "template_embedder", "")
+    root = At("", "evoformer", "template_embedder", "")
     single = root.sub(
         "template_embedder.single_embedder",
         "",
@@ -238,7 +104,7 @@ def _templates(maker: _Maker, config: AlphaFoldConfig) -> None:
     maker.output(attention, heads)
 
 
-def _stack(maker: _Maker, stack: _At, config: StackConfig, *, is_extra: bool) -> None:
+def _stack(maker: Maker, stack: At, config: StackConfig, *, is_extra: bool) -> None:
     for number in range(config.num_blocks):
         block = stack.in_block(f"{stack.ours}.blocks.{number}", number)
         _msa_layers(maker, block, config, is_extra)
@@ -252,7 +118,7 @@ def _stack(maker: _Maker, stack: _At, config: StackConfig, *, is_extra: bool) ->
         _pair_layers(maker, pair, f"{block.ours}.pair", config)
 
 
-def _msa_layers(maker: _Maker, block: _At, config: StackConfig, is_extra: bool) -> None:
+def _msa_layers(maker: Maker, block: At, config: StackConfig, is_extra: bool) -> None:
     row = block.sub("msa_row_attention", "msa_row_attention_with_pair_bias", "msa_att_row")
     maker.norm(row.sub("layer_norm_m", "query_norm", "layer_norm_m"))
     maker.norm(row.sub("layer_norm_z", "feat_2d_norm", "layer_norm_z"))
@@ -271,7 +137,7 @@ def _msa_layers(maker: _Maker, block: _At, config: StackConfig, is_extra: bool) 
         maker.attention(column.sub("attention", "attention", "mha"), config.num_msa_heads)
 
 
-def _global_attention(maker: _Maker, at: _At, num_heads: int) -> None:
+def _global_attention(maker: Maker, at: At, num_heads: int) -> None:
     for leaf, ours in (("query", "linear_q"), ("gating", "linear_g")):
         name = f"{at.ours}.{ours}.weight"
         maker.joined(name, maker.heads(at, name, leaf, num_heads, maker.shapes[name][0]))
@@ -285,13 +151,13 @@ def _global_attention(maker: _Maker, at: _At, num_heads: int) -> None:
     maker.output(at, num_heads)
 
 
-def _transition(maker: _Maker, at: _At) -> None:
+def _transition(maker: Maker, at: At) -> None:
     maker.norm(at.sub("layer_norm", "input_layer_norm", "layer_norm"))
     maker.linear(at.sub("linear_1", "transition1", "linear_1"))
     maker.linear(at.sub("linear_2", "transition2", "linear_2"))
 
 
-def _outer_product(maker: _Maker, at: _At) -> None:
+def _outer_product(maker: Maker, at: At) -> None:
     maker.norm(at.sub("layer_norm", "layer_norm_input", "layer_norm"))
     num_rows, num_in = maker.shapes[f"{at.ours}.linear_ab.weight"]
     half = num_rows // 2
@@ -313,8 +179,8 @@ def _outer_product(maker: _Maker, at: _At) -> None:
     maker.joined(f"{at.ours}.linear_out.bias", bias)
 
 
-def _pair_layers(maker: _Maker, at: _At, ours: str, config: StackConfig) -> None:
-    at = _At(ours, at.alphafold, at.openfold, at.mlperf, at.block)
+def _pair_layers(maker: Maker, at: At, ours: str, config: StackConfig) -> None:
+    at = At(ours, at.alphafold, at.openfold, at.mlperf, at.block)
     for kind, openfold in (("outgoing", "tri_mul_out"), ("incoming", "tri_mul_in")):
         name = f"triangle_multiplication_{kind}"
         _triangle_multiplication(maker, at.sub(name, name, openfold), kind == "outgoing")
@@ -326,7 +192,7 @@ def _pair_layers(maker: _Maker, at: _At, ours: str, config: StackConfig) -> None
     _transition(maker, at.sub("pair_transition", "pair_transition", "pair_transition"))
 
 
-def _triangle_multiplication(maker: _Maker, at: _At, outgoing: bool) -> None:
+def _triangle_multiplication(maker: Maker, at: At, outgoing: bool) -> None:
     maker.norm(at.sub("layer_norm_in", "layer_norm_input", "layer_norm_in"))
     maker.norm(at.sub("layer_norm_out", "center_layer_norm", "layer_norm_out"))
     maker.linear(at.sub("linear_z", "output_projection", "linear_z"))
@@ -346,7 +212,7 @@ def _triangle_multiplication(maker: _Maker, at: _At, outgoing: bool) -> None:
         maker.joined(f"{at.ours}.linear_abg.{ours}", *parts)
 
 
-def _structure(maker: _Maker, at: _At, config: AlphaFoldConfig) -> None:
+def _structure(maker: Maker, at: At, config: AlphaFoldConfig) -> None:
     maker.norm(at.sub("layer_norm_s", "single_layer_norm", "layer_norm_s"))
     maker.norm(at.sub("layer_norm_z", "pair_layer_norm", "layer_norm_z"))
     maker.linear(at.sub("linear_in", "initial_projection", "linear_in"))
@@ -374,7 +240,7 @@ def _structure(maker: _Maker, at: _At, config: AlphaFoldConfig) -> None:
     _torsions(maker, fold.sub("torsions", "rigid_sidechain", "angle_resnet"), config)
 
 
-def _torsions(maker: _Maker, at: _At, config: AlphaFoldConfig) -> None:
+def _torsions(maker: Maker, at: At, config: AlphaFoldConfig) -> None:
     maker.linear(at.sub("linear_in", "input_projection", "linear_in"))
     maker.linear(at.sub("linear_initial", "input_projection_1", "linear_initial"))
     for number in range(config.structure.num_torsion_blocks):
@@ -390,10 +256,10 @@ def _numbered(name: str, number: int) -> str:
     return f"{name}_{number}" if number else name
 
 
-def _heads(maker: _Maker, config: AlphaFoldConfig) -> None:
-    def head(ours: str, theirs: str, openfold: str) -> _At:
+def _heads(maker: Maker, config: AlphaFoldConfig) -> None:
+    def head(ours: str, theirs: str, openfold: str) -> At:
         names = (f"aux_heads.{openfold}", f"auxiliary_heads.{openfold}")
-        return _At(f"heads.{ours}", theirs, *names)
+        return At(f"heads.{ours}", theirs, *names)
 
     lddt = head("predicted_lddt", "predicted_lddt_head", "plddt")
     maker.norm(lddt.sub("layer_norm", "input_layer_norm", "layer_norm"))

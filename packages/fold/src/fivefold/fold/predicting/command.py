@@ -30,6 +30,9 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
         "--mmcif", metavar="FILE", help="a structure whose chains to predict, and to compare with"
     )
     parser.add_argument("--chain", action="append", default=[], help="of --mmcif (default: all)")
+    parser.add_argument("--hhr", metavar="FILE", help="with --a3m: hits of HHsearch, for templates")
+    parser.add_argument("--templates", metavar="FOLDER", help="with --hhr: structures, 1abc.cif")
+    parser.add_argument("--templates-before", metavar="DATE", help="released before year-month-day")
     parser.add_argument(
         "--params", required=True, metavar="PATH", help="AlphaFold's .npz, a .pt, a folder, the Hub"
     )
@@ -86,6 +89,8 @@ def _check(options: argparse.Namespace) -> None:
         raise FoldConfigError("predict needs --fasta, --a3m or --mmcif (which --a3m can go with)")
     if options.chain and not options.mmcif:
         raise FoldConfigError("--chain is of a structure: name it with --mmcif")
+    if bool(options.hhr) != bool(options.templates) or (options.hhr and not options.a3m):
+        raise FoldConfigError("templates need --a3m, --hhr and --templates, all three")
     for name, least in (("num_recycles", 0), ("chunk_size", 1)):
         value = getattr(options, name)
         if value is not None and value < least:
@@ -99,7 +104,26 @@ def _examples(options: argparse.Namespace, model: "AlphaFold") -> Iterator["Exam
         return chain.from_iterable(map(inputs.from_fasta, options.fasta))
     if options.mmcif:
         return inputs.from_structure(options.mmcif, options.chain, options.a3m)
-    return iter([inputs.from_alignments(options.a3m)])
+    return iter([_with_templates(inputs.from_alignments(options.a3m), options, model)])
+
+
+def _with_templates(
+    example: "Example", options: argparse.Namespace, model: "AlphaFold"
+) -> "Example":
+    from dataclasses import replace
+
+    from fivefold.fold.data.templates import TemplateFilters, find_templates
+
+    if not options.hhr:
+        return example
+    if model.config.template is None:
+        raise FoldConfigError(f"the network of {options.params} takes no templates; no --hhr then")
+    filters = TemplateFilters(max_templates=4, released_before=options.templates_before)
+    found = find_templates(options.hhr, example.sequence, options.templates, filters)
+    for each in found.dropped:
+        print(f"no template {each['name']}: {each['reason']}")
+    print(f"templates of {example.name}: {', '.join(found.names) or 'none'}")
+    return replace(example, templates=found.templates)
 
 
 def _write(found: "Prediction", example: "Example", out: Path) -> None:

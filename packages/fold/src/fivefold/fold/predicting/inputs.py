@@ -11,7 +11,7 @@ from fivefold.fold.data.alignments import (
     read_alignment,
     sequence_of,
 )
-from fivefold.fold.data.features import Example, Templates
+from fivefold.fold.data.features import Example
 from fivefold.fold.data.structures import read_structure
 from fivefold.fold.errors import FoldDataError
 
@@ -41,7 +41,7 @@ def from_fasta(path: str | Path) -> Iterator[Example]:
         )
 
 
-def from_alignments(paths: Sequence[str | Path], templates: Templates | None = None) -> Example:
+def from_alignments(paths: Sequence[str | Path]) -> Example:
     """The query of alignments, which are joined.
 
     Raises:
@@ -52,7 +52,6 @@ def from_alignments(paths: Sequence[str | Path], templates: Templates | None = N
         name=file_name(Path(paths[0]).name.split(".")[0]),
         sequence=sequence_of(alignment),
         alignment=alignment,
-        templates=templates,
     )
 
 
