@@ -110,7 +110,7 @@ def layer_errors(machine: Hardware) -> list[dict[str, Any]]:
     for sequence, recompute, published in LAYERS:
         run = setup("22B", sequence, recompute)
         groups = tuple(reaches(run, machine.node_size).items())
-        layer = layer_time(preset("22B"), Local.of(run), machine, "T", False, groups)
+        layer = layer_time(preset("22B"), Local.of(run), machine, "T", groups)
         found.append(
             {
                 "sequence": sequence,

@@ -27,7 +27,7 @@ def fit(
     x, damping = np.log(list(start.values())), 1e-2
     found = at(x)
     for _ in range(60):
-        slopes = np.stack([(at(x + h) - found) / 1e-4 for h in 1e-4 * np.eye(len(x))], axis=1)
+        slopes = np.stack([(found - at(x - h)) / 1e-4 for h in 1e-4 * np.eye(len(x))], axis=1)
         square = slopes.T @ slopes
         step = np.linalg.solve(square + damping * np.diag(np.diag(square)), -slopes.T @ found)
         tried = np.clip(x + step, low, high)

@@ -51,7 +51,6 @@ def layer_time(
     local: Local,
     machine: Hardware,
     letter: str,
-    causal: bool,
     reaches: Reaches,
 ) -> LayerTime:
     """Of a layer of one kind; ``reaches`` are the groups of the axes."""
@@ -60,7 +59,7 @@ def layer_time(
     sent_back: dict[str, float] = {}
     groups = dict(reaches)
     for part in PARTS[letter]:
-        work = part_work(model, local, part, causal)
+        work = part_work(model, local, part)
         there, back, core = _kernels(work, machine, local)
         forward += there
         backward += back + {"none": 0.0, "selective": core, "full": there}[local.recompute]

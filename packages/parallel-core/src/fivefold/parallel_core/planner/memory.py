@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from fivefold.parallel_core.data_parallel_config import Form
+from fivefold.parallel_core.data_parallel_config import WHOLE
 from fivefold.parallel_core.pipeline_config import deal_layers
 from fivefold.parallel_core.planner.activations import Local, Terms, ends_terms, layer_bytes
 from fivefold.parallel_core.planner.held import CLOSED, peak_held
@@ -105,20 +105,21 @@ def state_terms(model: ModelShape, setup: Setup, rank: int) -> Terms:
 
 
 def _states(setup: Setup, name: str, count: int, data: str, num_ranks: int) -> Terms:
+    """Bytes between forward and backward of microbatches (arXiv 1910.02054).
+
+    Gradients are summed over ranks once a step: with several microbatches each rank has them whole
+    until then, whatever the form.
+    """
     form = setup.data.form_of(data)
     ranks = setup.data.shard_size_of(data, num_ranks)
-    weights, gradients, optimizer = _shards(form, ranks)
+    shared = -(-count // ranks)
+    whole = form in WHOLE
     return {
-        f"{name}.weights": setup.weight_size * -(-count // weights),
-        f"{name}.gradients": setup.gradient_size * -(-count // gradients),
-        f"{name}.optimizer": setup.optimizer_size * -(-count // optimizer),
+        f"{name}.weights": setup.weight_size * (count if whole else shared),
+        f"{name}.gradients": setup.gradient_size
+        * (count if whole or setup.num_microbatches > 1 else shared),
+        f"{name}.optimizer": setup.optimizer_size * (count if form == "replicate" else shared),
     }
-
-
-def _shards(form: Form, ranks: int) -> tuple[int, int, int]:
-    """Ranks that share weights, gradients, optimizer between steps (arXiv 1910.02054)."""
-    whole = form in ("replicate", "zero1")
-    return (1 if whole else ranks, 1 if whole else ranks, 1 if form == "replicate" else ranks)
 
 
 def activation_terms(model: ModelShape, setup: Setup, rank: int) -> Terms:
@@ -139,23 +140,28 @@ def workspace(model: ModelShape, setup: Setup, rank: int) -> int:
     """What a layer makes and drops: its recomputed activations, or gathered rows and gradients.
 
     The larger of one layer as it is without recomputation (when layers are recomputed) and the
-    gradients that flow through its widest product; and the gathered parameters of two layers under
-    ZeRO-2 and ZeRO-3.
+    gradients that flow through its widest product; and gathered parameters: under ZeRO-2 of all
+    layers, from forward to backward, under ZeRO-3 of two, the second of which is fetched ahead.
     """
     local = Local.of(setup)
-    letters = set("".join(letters for _, letters in stages_of(model, setup, rank)))
-    return max(_transient(model, setup, local, letter) for letter in letters)
+    letters = "".join(letters for _, letters in stages_of(model, setup, rank))
+    flows = max(_transient(model, local, letter) for letter in set(letters))
+    counts = [layer_parameters(model, x, setup.tp, setup.ep, setup.etp) for x in letters]
+    flows += _gathered(setup, "dp-cp", [count.dense for count in counts])
+    return flows + _gathered(setup, "edp", [count.experts for count in counts])
 
 
-def _transient(model: ModelShape, setup: Setup, local: Local, letter: str) -> int:
+def _gathered(setup: Setup, data: str, counts: list[int]) -> int:
+    form = setup.data.form_of(data)
+    if form in WHOLE:
+        return 0
+    return setup.element_size * (sum(counts) if form == "zero2" else 2 * max(counts))
+
+
+def _transient(model: ModelShape, local: Local, letter: str) -> int:
     whole = layer_bytes(model, _stored(local), letter)
     flows = whole if local.recompute == "full" else whole - layer_bytes(model, local, letter)
-    gathered = 2 * local.element_size * local.tokens * model.hidden
-    count = layer_parameters(model, letter, setup.tp, setup.ep, setup.etp)
-    for data, parameters in (("dp-cp", count.dense), ("edp", count.experts)):
-        if setup.data.form_of(data) in ("zero2", "zero3"):
-            gathered += 2 * setup.element_size * parameters
-    return flows + gathered
+    return flows + 2 * local.element_size * local.tokens * model.hidden
 
 
 @lru_cache(maxsize=4096)

@@ -34,6 +34,7 @@ class Setup(Config):
         split_boundary: without sequence parallelism each tensor rank sends its part of a pipeline's
             boundary, which is gathered there (arXiv 2104.04473, section 4.1); runs of this package
             send the whole.
+        overlap_sends: messages between pipeline stages run beside kernels.
     """
 
     world_size: int
@@ -55,6 +56,7 @@ class Setup(Config):
     optimizer_size: int = 12
     imbalance: float = 1.0
     split_boundary: bool = False
+    overlap_sends: bool = False
 
     @property
     def layout(self) -> Layout:

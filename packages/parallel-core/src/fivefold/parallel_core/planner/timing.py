@@ -6,6 +6,7 @@ long as they take to fill and to drain the pipeline. What is not hidden is added
 
 from dataclasses import dataclass
 
+from fivefold.parallel_core.data_parallel_config import WHOLE
 from fivefold.parallel_core.planner.activations import Local
 from fivefold.parallel_core.planner.flops import model_flops, utilisation
 from fivefold.parallel_core.planner.hardware import Hardware
@@ -61,10 +62,17 @@ class RankTime:
 
 
 def step_time(model: ModelShape, setup: Setup, machine: Hardware, causal: bool = False) -> StepTime:
-    """Estimate a step; ``setup`` has passed ``check``."""
+    """Estimate a step; ``setup`` has passed ``check``.
+
+    Args:
+        model: what is trained.
+        setup: how.
+        machine: on what.
+        causal: MFU counts half of attention's FLOPs; the time is the same.
+    """
     count = setup.num_microbatches
     ranks = telling_ranks(model, setup)
-    times = {rank: rank_time(model, setup, machine, rank, causal) for rank in ranks}
+    times = {rank: rank_time(model, setup, machine, rank) for rank in ranks}
     slowest = max(times, key=lambda rank: times[rank].total)
     each = times[slowest]
     messages = {axis: count * sent for axis, sent in each.messages.items()}
@@ -72,7 +80,7 @@ def step_time(model: ModelShape, setup: Setup, machine: Hardware, causal: bool =
     others = min(time.total for time in times.values())
     bubble = (setup.pp - 1) * others / setup.pipeline.stages_per_rank
     once = data_traffic(setup, *stage_parameters(model, setup, slowest))
-    for axis, sent in _seconds(once, setup, machine).items():
+    for axis, sent in _left(setup, each.compute, _seconds(once, setup, machine)).items():
         messages[axis] = messages.get(axis, 0.0) + sent
     optimizer = _optimizer(model, setup, machine, slowest)
     compute = count * each.compute
@@ -82,9 +90,25 @@ def step_time(model: ModelShape, setup: Setup, machine: Hardware, causal: bool =
     return StepTime(compute=compute, messages=messages, bubble=bubble, optimizer=optimizer, mfu=mfu)
 
 
-def rank_time(
-    model: ModelShape, setup: Setup, machine: Hardware, rank: int, causal: bool = False
-) -> RankTime:
+def _left(setup: Setup, microbatch: float, sent: dict[str, float]) -> dict[str, float]:
+    """Of the messages of the data axes, what kernels do not hide.
+
+    FSDP gathers ahead beside the kernels of every microbatch. Of whole parameters, a stage's
+    gradients are ready, and its weights needed, while pp microbatches of each other stage of the
+    rank are still to come, or have gone before; the last stage's hide beside one of its own.
+    """
+    parts, whole = setup.pipeline.stages_per_rank, sum(sent.values())
+    if setup.data.form not in WHOLE:
+        left = whole - microbatch * setup.num_microbatches
+    elif setup.data.overlap:
+        window = microbatch * (1 + setup.pp * (parts - 1)) / parts
+        left = max((whole - microbatch) / parts, whole - window)
+    else:
+        left = whole
+    return {axis: each * max(0.0, left) / whole for axis, each in sent.items() if each}
+
+
+def rank_time(model: ModelShape, setup: Setup, machine: Hardware, rank: int) -> RankTime:
     """Forward and backward of one microbatch on a pipeline rank."""
     local, stages = Local.of(setup), stages_of(model, setup, rank)
     groups = tuple(reaches(setup, machine.node_size).items())
@@ -93,15 +117,24 @@ def rank_time(
     compute = _head(model, local, machine) if stages[-1][0] == last else 0.0
     messages: dict[str, float] = {}
     for letter in set(letters):
-        layer = layer_time(model, local, machine, letter, causal, groups)
+        layer = layer_time(model, local, machine, letter, groups)
         times = letters.count(letter)
         compute += times * (layer.forward + layer.backward)
         for axis, sent in layer.messages.items():
             messages[axis] = messages.get(axis, 0.0) + times * sent
+    compute += _accumulation(model, setup, machine, rank)
     borders = sum((index > 0) + (index < last) for index, _ in stages)
     for axis, sent in _seconds(boundary_traffic(model, setup, borders), setup, machine).items():
-        messages[axis] = messages.get(axis, 0.0) + sent
+        left = max(0.0, sent - compute) if axis == "pp" and setup.overlap_sends else sent
+        messages[axis] = messages.get(axis, 0.0) + left
     return RankTime(compute=compute, messages=messages)
+
+
+def _accumulation(model: ModelShape, setup: Setup, machine: Hardware, rank: int) -> float:
+    """Gradients of a microbatch are added to those of the others: read and written."""
+    return traffic_seconds(
+        machine, 2 * setup.gradient_size * sum(stage_parameters(model, setup, rank))
+    )
 
 
 def _head(model: ModelShape, local: Local, machine: Hardware) -> float:

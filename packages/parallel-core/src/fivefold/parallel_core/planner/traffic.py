@@ -132,7 +132,7 @@ def boundary_traffic(model: ModelShape, setup: Setup, num_boundaries: int) -> Tr
 
 
 def data_traffic(setup: Setup, dense: int, experts: int) -> Traffic:
-    """Gradients and parameters over the data axes, once a step (ZeRO-3: once a microbatch more).
+    """Gradients and parameters over the data axes, once a step (FSDP gathers for each microbatch).
 
     Args:
         setup: how data ranks share.
@@ -150,7 +150,8 @@ def _data(setup: Setup, axis: str, count: int, num_ranks: int) -> Traffic:
     form = setup.data.form_of(axis)
     if form == "replicate":
         return {("all_reduce", axis): Sent(1, 2 * away * setup.gradient_size)}
-    gathers = 2 * setup.num_microbatches if form == "zero3" else 1
+    # FSDP shards again after each backward, and under ZeRO-3 after each forward.
+    gathers = {"zero2": 1, "zero3": 2}.get(form, 0) * setup.num_microbatches or 1
     return {
         ("reduce_scatter", axis): Sent(1, away * setup.gradient_size),
         ("all_gather", axis): Sent(gathers, gathers * away * setup.weight_size),

@@ -36,10 +36,10 @@ class Work:
     fused_flops: float = 0.0
 
 
-def part_work(model: ModelShape, local: Local, part: Part, causal: bool) -> Work:
+def part_work(model: ModelShape, local: Local, part: Part) -> Work:
     """The work of a part."""
     if part == "attention":
-        return _attention(model, local, causal)
+        return _attention(model, local)
     if part == "mlp":
         return _mlp(model, local)
     return _moe(model, local) if part == "moe" else _mamba(model, local)
@@ -54,7 +54,7 @@ def _around(model: ModelShape, local: Local) -> tuple[float, float]:
     return size * (2 * e + 3 * e + mask), size * (3 * e + 3 * e + dropped)
 
 
-def _attention(model: ModelShape, local: Local, causal: bool) -> Work:
+def _attention(model: ModelShape, local: Local) -> Work:
     e, n, h = local.element_size, local.tokens, model.hidden
     heads, kv = model.num_heads // local.tp, max(1, model.kv_heads // local.tp)
     width = model.head_width
@@ -69,7 +69,7 @@ def _attention(model: ModelShape, local: Local, causal: bool) -> Work:
         "backward_bytes": backward,
     }
     if model.fused_attention:
-        flops = 4 * n * local.length * heads * width / (2 if causal else 1)
+        flops = 2 * n * local.length * heads * width  # what the mask hides is not computed
         return Work(**work, fused_flops=flops)  # type: ignore[arg-type]
     scores = n * local.length * heads
     dropped = 2 * e + 1 if model.dropout else 0
