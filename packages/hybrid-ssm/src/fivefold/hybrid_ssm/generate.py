@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from fivefold.hybrid_ssm.beams import BeamRules, Beams
 from fivefold.hybrid_ssm.cache import HybridCache
 from fivefold.hybrid_ssm.errors import HybridInputError
 from fivefold.hybrid_ssm.prompts import Prompts, check_ids, pad_prompts
+from fivefold.hybrid_ssm.reader import Reader
 from fivefold.hybrid_ssm.stopping import Stopping, TextDecoder
 from fivefold.parallel_core.sampling import draw, filter_logits, penalise_repetition
 
@@ -60,12 +62,21 @@ class Choice:
 
     def __call__(self, logits_bv: Tensor, seen_bv: Tensor | None) -> Tensor:
         """The next tokens (B,); ``seen_bv`` marks the tokens that there were."""
-        if seen_bv is not None:
-            logits_bv = penalise_repetition(logits_bv, seen_bv, self.repetition_penalty)
+        logits_bv = self.penalised(logits_bv, seen_bv)
         if not self.do_sample:
             return logits_bv.argmax(dim=-1)
         filtered = filter_logits(logits_bv, self.temperature, self.top_k, self.top_p)
         return draw(filtered, self.generator)
+
+    def seen(self, prompts: Prompts, vocab_size: int) -> Tensor | None:
+        """Which tokens there were (B, V), if that matters."""
+        return None if self.repetition_penalty == 1.0 else prompts.seen(vocab_size)
+
+    def penalised(self, logits_bv: Tensor, seen_bv: Tensor | None) -> Tensor:
+        """With those tokens less likely that ``seen_bv`` marks."""
+        if seen_bv is None:
+            return logits_bv
+        return penalise_repetition(logits_bv, seen_bv, self.repetition_penalty)
 
 
 @torch.no_grad()
@@ -80,6 +91,9 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     repetition_penalty: float = 1.0,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: bool | Literal["never"] = False,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     stop_strings: str | Sequence[str] | None = None,
@@ -106,6 +120,12 @@ def generate(
         top_p: then draw from the fewest likeliest tokens whose probabilities reach this sum only,
             in (0, 1].
         repetition_penalty: makes tokens that were there less likely, above 1; see ``sampling``.
+        num_beams: continuations of each prompt that are searched at once, see ``beams``; 1
+            searches none. They end at ``eos_token_id`` only, and are neither drawn nor streamed.
+        length_penalty: a text's log-probability is divided by its number of new tokens to this
+            power; above 0 favours long ones.
+        early_stopping: True ends a search when so many texts as beams have ended; False also goes
+            on while the best beam would win at its present length; "never", at its best length.
         eos_token_id: ids that end a sequence; the default is the configuration's, an empty
             sequence is none.
         pad_token_id: what an ended sequence goes on with; the default is the configuration's, or
@@ -114,7 +134,7 @@ def generate(
         tokenizer: with ``decode``; needed for ``stop_strings``.
         use_cache: remember states and keys; without, every step reads all tokens again.
         past_key_values: memory of the first tokens of ``input_ids``, which are not read again; it
-            is extended, and must have room.
+            is extended (by the prompts only, with beams), and must have room.
         prefill_chunk_size: tokens of the prompt that are read at once, so that the memory this
             takes does not depend on its length; None reads all at once.
         generator: source of randomness; the default is torch's global one.
@@ -142,7 +162,17 @@ def generate(
     _check(model, prompts, max_new_tokens, prefill_chunk_size)
     ends = config.eos_token_id if eos_token_id is None else eos_token_id
     stopping = Stopping(ends, pad, stop_strings, tokenizer)
-    reader = _Reader(model, prompts, max_new_tokens, use_cache, past_key_values, prefill_chunk_size)
+    rules = BeamRules(
+        num_beams=num_beams, length_penalty=length_penalty, early_stopping=early_stopping
+    )
+    if num_beams > 1:
+        _check_beams(do_sample, streamer, stopping)
+    reader = Reader(model, prompts, max_new_tokens, use_cache, past_key_values, prefill_chunk_size)
+    if num_beams > 1 and max_new_tokens > 0:
+        beams = Beams(rules, prompts.ids, max_new_tokens, stopping.ends, stopping.pad)
+        with _evaluating(model):
+            new = _search(reader, prompts, choice, beams)
+        return torch.cat((prompts.ids, new), dim=1)
     tokens = [prompts.ids]
     tell = _Teller(streamer, prompts.ids)
     with _evaluating(model):
@@ -154,12 +184,10 @@ def generate(
 
 
 def _continue(
-    reader: "_Reader", prompts: Prompts, choice: Choice, stopping: Stopping
+    reader: Reader, prompts: Prompts, choice: Choice, stopping: Stopping
 ) -> Iterator[Tensor]:
     """New tokens (B,), one step after the other, until every sequence has ended."""
-    seen_bv = None
-    if choice.repetition_penalty != 1.0:
-        seen_bv = prompts.seen(reader.model.config.vocab_size)
+    seen_bv = choice.seen(prompts, reader.model.config.vocab_size)
     logits_bv = reader.prefill()
     while True:
         next_b = stopping(choice(logits_bv, seen_bv))
@@ -171,67 +199,23 @@ def _continue(
         logits_bv = reader.step(next_b)
 
 
-class _Reader:
-    """Reads tokens and gives the logits of the next one, with a cache or without."""
-
-    def __init__(
-        self,
-        model: "HybridForCausalLM",
-        prompts: Prompts,
-        max_new_tokens: int,
-        use_cache: bool,
-        cache: HybridCache | None,
-        chunk_size: int | None,
-    ):
-        self.model, self.prompts, self.chunk_size = model, prompts, chunk_size
-        self.ids, self.mask = prompts.ids, prompts.mask
-        length = prompts.ids.shape[1]
-        if cache is None:
-            cache = HybridCache(length + max_new_tokens) if use_cache else None
-        elif not use_cache:
-            raise HybridInputError("past_key_values came with use_cache=False; leave one of them")
-        elif cache.length >= length:
-            raise HybridInputError(
-                f"past_key_values holds {cache.length} tokens and the prompts have {length}; at "
-                "least one token must be new"
-            )
-        elif model.has_attention and cache.max_length < length + max_new_tokens:
-            raise HybridInputError(
-                f"past_key_values has room for {cache.max_length} tokens; prompts of {length} and "
-                f"{max_new_tokens} new ones need {length + max_new_tokens}: "
-                f"fork(max_length={length + max_new_tokens}) makes room"
-            )
-        self.cache = cache
-
-    def prefill(self) -> Tensor:
-        """Logits after the prompts (B, V)."""
-        if self.cache is None:
-            return self._all()
-        start, length = self.cache.length, self.ids.shape[1]
-        size = length - start if self.chunk_size is None else self.chunk_size
-        logits = None
-        for first in range(start, length, size):
-            part = slice(first, min(first + size, length))
-            mask = None if self.mask is None else self.mask[:, part]
-            # Only the last of these is used, so nobody asks for the logits of the others.
-            logits = self.model(
-                self.ids[:, part], self.cache, attention_mask=mask, logits_to_keep=1
-            )
-        if logits is None:
-            raise HybridInputError("there are no tokens to read")
-        return logits[:, -1]
-
-    def step(self, next_b: Tensor) -> Tensor:
-        """Logits after one more token of each sequence (B, V)."""
-        if self.cache is not None:
-            return self.model(next_b[:, None], self.cache)[:, -1]
-        self.ids = torch.cat((self.ids, next_b[:, None]), dim=1)
-        if self.mask is not None:
-            self.mask = torch.cat((self.mask, self.mask.new_ones((len(next_b), 1))), dim=1)
-        return self._all()
-
-    def _all(self) -> Tensor:
-        return self.model(self.ids, attention_mask=self.mask, logits_to_keep=1)[:, -1]
+def _search(reader: Reader, prompts: Prompts, choice: Choice, beams: Beams) -> Tensor:
+    """The new tokens (B, T) that beams find."""
+    logits_bv = reader.prefill()
+    seen_bv = choice.seen(prompts, logits_bv.shape[1])
+    rows = torch.arange(len(logits_bv), device=logits_bv.device)
+    rows = rows.repeat_interleave(beams.rules.num_beams)
+    logits_bv, seen_bv = logits_bv[rows], None if seen_bv is None else seen_bv[rows]
+    reader.follow(rows)
+    while True:
+        log_probs_bv = logits_bv.float().log_softmax(dim=-1)
+        next_b, rows = beams.step(choice.penalised(log_probs_bv, seen_bv))
+        if beams.is_over():
+            return beams.best()
+        if seen_bv is not None:
+            seen_bv = seen_bv[rows].scatter(1, next_b[:, None], True)
+        reader.follow(rows)
+        logits_bv = reader.step(next_b)
 
 
 class _Teller:
@@ -264,6 +248,20 @@ def _evaluating(model: "HybridForCausalLM") -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+def _check_beams(do_sample: bool, streamer: object, stopping: Stopping) -> None:
+    asked = {
+        "do_sample": do_sample,
+        "a streamer": streamer is not None,
+        "stop_strings": bool(stopping.texts),
+    }
+    for name, is_asked in asked.items():
+        if is_asked:
+            raise HybridInputError(
+                f"num_beams is above 1 and there is {name}: beams are neither drawn nor streamed, "
+                "and end at eos_token_id only; leave one of them"
+            )
 
 
 def _check(
