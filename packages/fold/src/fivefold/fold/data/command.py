@@ -30,6 +30,13 @@ def add_prepare(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--files-per-shard", type=int, default=64, metavar="N")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that read")
+    parser.add_argument(
+        "--engine",
+        choices=("processes", "dask", "ray"),
+        default="processes",
+        help="who reads: processes of this machine, or Dask or Ray (default: %(default)s)",
+    )
+    parser.add_argument("--scheduler", metavar="ADDRESS", help="of a Dask or Ray that is running")
 
 
 def run_prepare(options: argparse.Namespace) -> int:
@@ -46,6 +53,8 @@ def run_prepare(options: argparse.Namespace) -> int:
         ),
         files_per_shard=options.files_per_shard,
         num_workers=options.workers,
+        engine=options.engine,
+        address=options.scheduler,
     )
     for each in found.dropped:
         print(f"left out {each['name']}: {each['reason']}")

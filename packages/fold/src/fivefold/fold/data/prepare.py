@@ -7,9 +7,7 @@ killed goes on with the shards that are not there, or whose files have changed s
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from safetensors.numpy import save
 
 from fivefold.fold.data.alignments import SUFFIXES as ALIGNMENT_SUFFIXES
 from fivefold.fold.data.alignments import Alignment, join, query_only, read_alignment, sequence_of
+from fivefold.fold.data.engines import Engine, run_jobs
 from fivefold.fold.data.structures import SUFFIXES, Chain, Structure, read_structure
 from fivefold.fold.errors import FoldDataError
 from fivefold.parallel_core.files import atomic_write_bytes, write_json
@@ -74,6 +73,8 @@ def prepare(
     files_per_shard: int = 64,
     num_workers: int = 1,
     progress: bool = True,
+    engine: Engine = "processes",
+    address: str | None = None,
 ) -> Found:
     """Read every structure of a folder and write shards and ``index.json``.
 
@@ -86,12 +87,16 @@ def prepare(
         files_per_shard: structures in one shard.
         num_workers: processes that read.
         progress: show how far it is.
+        engine: who reads; see ``data.engines.run_jobs``. Beyond one machine, folders are storage
+            that all share.
+        address: of the engine's scheduler.
 
     Returns:
         What ``index.json`` says too.
 
     Raises:
         FoldDataError: there is no such folder, or no structure in it.
+        ImportError: the engine is not installed.
     """
     if files_per_shard < 1:
         raise FoldDataError(f"a shard holds at least 1 file, asked for {files_per_shard}")
@@ -105,7 +110,7 @@ def prepare(
         (out / f"shard-{n:05}.safetensors", files[i : i + files_per_shard], alignments, filters)
         for n, i in enumerate(range(0, len(files), files_per_shard))
     ]
-    _run(jobs, num_workers, progress)
+    _run(jobs, num_workers, progress, engine, address)
     whole = Found()
     for job in jobs:
         whole.add(_header(job[0])[1])
@@ -124,21 +129,18 @@ def _structure_files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _run(jobs: Sequence[_Job], num_workers: int, progress: bool) -> None:
+def _run(
+    jobs: Sequence[_Job], num_workers: int, progress: bool, engine: Engine, address: str | None
+) -> None:
     from fivefold.parallel_core.training.progress import Progress
 
     waiting = [job for job in jobs if not _is_done(job)]
     with Progress(len(jobs), len(jobs) - len(waiting), progress, interval=5.0) as bar:
-        if num_workers <= 1 or len(waiting) <= 1:
-            for job in waiting:
-                _write_shard(job)
-                bar.update()
-            return
-        # A fork of a process that has threads may hang.
-        with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
-            for future in as_completed([pool.submit(_write_shard, job) for job in waiting]):
-                future.result()
-                bar.update()
+        done = run_jobs(
+            _write_shard, waiting, engine=engine, num_workers=num_workers, address=address
+        )
+        for _ in done:
+            bar.update()
 
 
 def _fingerprint(job: _Job) -> str:
