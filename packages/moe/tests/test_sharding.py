@@ -15,7 +15,7 @@ from fivefold.parallel_core.launcher import launch
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.sequence_split import ContextConfig
 
-from .law import DOUBLE, LOSSES, MODEL, Case, Record, Verdict, judge, plain_run, with_model
+from .law import DOUBLE, LOSSES, MODEL, STEPS, Case, Record, Verdict, judge, plain_run, with_model
 
 TWELVE = with_model(num_experts=12, num_experts_per_token=3)
 UNEVEN = with_model(num_layers=3)
@@ -74,6 +74,8 @@ def case(model: MoEConfig = MODEL, /, **values: object) -> Case:
         "context",
         "packed",
         "dispatch",
+        "world",
+        "steps",
     )
     own = {name: values.pop(name) for name in names if name in values}
     return Case(degrees=tuple(values.items()), model=model, **own)  # type: ignore[arg-type]
@@ -156,29 +158,36 @@ CASES = [
     case(tp=2, ep=4, data=ZERO3, recompute="full"),
     case(UNEVEN, tp=2, cp=2, pp=2, ep=4, recompute="attention_core+experts"),
     case(DEEP, tp=2, pp=2, ep=4, stages_per_rank=2, recompute="attention+moe+norms"),
+    case(tp=2, cp=2, ep=4, steps=20),
+    case(GLM4, tp=2, pp=2, ep=2, etp=2, steps=20),
+    case(tp=2, cp=2, pp=2, ep=8, world=16),
+    case(QWEN2, tp=2, cp=2, etp=2, ep=4, world=16),  # EDP 2 over DP, EP over CP and DP
 ]
 
 
 @cache
-def reference(model: MoEConfig, packed: bool = False) -> Record:
-    return plain_run(model, packed)
+def reference(model: MoEConfig, packed: bool = False, steps: int = STEPS) -> Record:
+    return plain_run(model, packed, steps)
 
 
 @cache
 def verdict(case: Case) -> list[Verdict]:
     """What each rank found. A launch for each case: gloo's groups cost time while they live."""
-    return launch(judge, 8, case, reference(case.model, case.packed), timeout=120)
+    expected = reference(case.model, case.packed, case.steps)
+    return launch(judge, case.world, case, expected, timeout=300)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_layout_trains_the_same_model(case: Case) -> None:
     assert case.precision.compute == DOUBLE.compute
+    expected = reference(case.model, case.packed, case.steps)
     for rank in verdict(case):
-        what, distance = max(rank.distances.items(), key=lambda pair: pair[1])
-        assert distance < 1e-10, what
+        for what, distance in rank.distances.items():
+            # Adam divides small differences by small gradients.
+            assert distance < (1e-11 if what.startswith("parameters[") else 1e-12), what
         compared = {name.split("[")[0] for name in rank.distances}
         assert {"loss", "norm", *LOSSES, "parameters", "gradients"} >= compared
-        assert rank.scalars.keys() == reference(case.model).scalars.keys()
+        assert rank.scalars.keys() == expected.scalars.keys()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -259,7 +268,7 @@ def test_check_lists_only_the_first_of_many_legal_values() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_check_passes_what_runs(case: Case) -> None:
-    sharding.check(case.model, Layout(8, **dict(case.degrees)), 16)  # type: ignore[arg-type]
+    sharding.check(case.model, Layout(case.world, **dict(case.degrees)), 16)  # type: ignore[arg-type]
 
 
 def test_check_stages() -> None:
