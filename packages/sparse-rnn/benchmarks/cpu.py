@@ -4,14 +4,18 @@
 
 T = 50 steps of 16 inputs. Dense is the better of torch's two ways (oneDNN and its own); "csr" is
 the recurrent product alone, a loop over ``torch.sparse`` CSR matrices with int32 indices, without
-gates and inputs, which flatters it.
+gates and inputs, which flatters it. "load" is how many processes wanted a CPU in the minute before
+the end, this one's threads among them: threads that meet in every step suffer where there are more
+of them than CPUs.
 """
 
 import argparse
 import json
+import os
 import time
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -40,7 +44,13 @@ def main() -> None:
     for shape in options.shapes:
         hidden, batch = map(int, shape.split("x"))
         rows += measure(hidden, batch, options.rounds, options.train)
-    record = {"machine": describe("cpu", options.threads), "steps": STEPS, "rows": rows}
+    record = {
+        "machine": describe("cpu", options.threads),
+        "versions": {name: version(name) for name in ("torch", "fivefold-sparse-rnn")},
+        "load": round(os.getloadavg()[0], 1),
+        "steps": STEPS,
+        "rows": rows,
+    }
     if options.json:
         options.json.write_text(json.dumps(record, indent=2) + "\n")
 

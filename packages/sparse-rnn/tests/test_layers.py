@@ -32,6 +32,7 @@ PATTERNS = (
     "column",
 )
 HIDDEN = (1, 7, 31, 33, 96, 257)
+BATCHES = (1, 2, 3, 5, 8, 17)
 
 
 def _mask(name: str, rows: int, hidden: int) -> Tensor:
@@ -133,7 +134,7 @@ def _inputs(cell: str, steps: int, batch: int, hidden: int, dtype: torch.dtype) 
 @pytest.mark.parametrize("cell", CELLS)
 def test_equals_dense_in_float64(cell: str, pattern: str) -> None:
     for hidden in HIDDEN:
-        for batch in (1, 2, 3, 5, 8, 17):
+        for batch in BATCHES:
             sparse, dense = _twins(cell, hidden, pattern, torch.float64)
             inputs = _inputs(cell, 3, batch, hidden, torch.float64)
             _assert_same(sparse, dense, inputs, 1e-10)
@@ -143,7 +144,7 @@ def test_equals_dense_in_float64(cell: str, pattern: str) -> None:
 @pytest.mark.parametrize("cell", CELLS)
 def test_equals_dense_in_float32(cell: str, pattern: str) -> None:
     for hidden in HIDDEN:
-        for batch in (1, 2, 3, 5, 8, 17):
+        for batch in BATCHES:
             sparse, dense = _twins(cell, hidden, pattern, torch.float32)
             inputs = _inputs(cell, 3, batch, hidden, torch.float32)
             _assert_same(sparse, dense, inputs, 1e-5)
@@ -157,12 +158,34 @@ def test_equals_dense_at_a_thousand_units(cell: str, pattern: str) -> None:
         _assert_same(sparse, dense, _inputs(cell, 2, batch, 1000, dtype), tolerance)
 
 
-@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("cell", CELLS)
-def test_equals_dense_over_333_steps(cell: str, batch: int) -> None:
-    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
-        sparse, dense = _twins(cell, 96, "10 %", dtype)
-        _assert_same(sparse, dense, _inputs(cell, 333, batch, 96, dtype), tolerance)
+def test_equals_dense_over_333_steps(cell: str, pattern: str) -> None:
+    # Over all cells and patterns every size meets every number of sequences.
+    kind = list(CELLS).index(cell)
+    first = kind + PATTERNS.index(pattern)
+    for i in range(3):
+        hidden, batch = HIDDEN[(first + 2 * i) % 6], BATCHES[(first + 3 * kind + i) % 6]
+        sparse, dense = _twins(cell, hidden, pattern, torch.float32)
+        _assert_same(sparse, dense, _inputs(cell, 333, batch, hidden, torch.float32), 1e-5)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_equals_dense_over_333_steps_in_float64(cell: str) -> None:
+    for batch in (1, 3, 8):
+        sparse, dense = _twins(cell, 96, "10 %", torch.float64)
+        _assert_same(sparse, dense, _inputs(cell, 333, batch, 96, torch.float64), 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("cell", "pattern", "batch"),
+    [("lstm", "10 %", 1), ("gru", "30 %", 2), ("tanh", "one", 3), ("relu", "column", 1)],
+)
+def test_equals_dense_at_a_thousand_units_over_333_steps(
+    cell: str, pattern: str, batch: int
+) -> None:
+    sparse, dense = _twins(cell, 1000, pattern, torch.float32)
+    _assert_same(sparse, dense, _inputs(cell, 333, batch, 1000, torch.float32), 1e-5)
 
 
 @pytest.mark.parametrize("threads", [2, 3])
