@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from fivefold.fold.config import FeatureConfig
-from fivefold.fold.metrics import tm_scale
 from fivefold.fold.model.alphafold import AlphaFold
 from fivefold.fold.predicting.inputs import from_structure
 from fivefold.fold.predicting.predict import error_centers, plddt, predict, predicted_tm
@@ -29,12 +28,13 @@ def test_errors_lie_in_the_middles_of_bins_of_half_an_angstrom() -> None:
     assert centers[[0, 1, -1]].tolist() == pytest.approx([0.25, 0.75, 31.75])
 
 
-def test_ptm_of_certain_errors_is_the_tm_score_of_them() -> None:
-    breaks, length = torch.linspace(0.0, 31.0, 63), 30
+@pytest.mark.parametrize(("length", "scale"), [(30, 1.24 * 15 ** (1 / 3) - 1.8), (7, 0.168378)])
+def test_ptm_of_certain_errors_is_the_tm_score_of_them(length: int, scale: float) -> None:
+    breaks = torch.linspace(0.0, 31.0, 63)
     bins = torch.randint(64, (length, length), generator=torch.Generator().manual_seed(0))
     logits = torch.nn.functional.one_hot(bins, 64) * 200.0
     error = error_centers(breaks)[bins]
-    expected = (1 / (1 + (error / tm_scale(torch.tensor(30.0))) ** 2)).mean(-1).max()
+    expected = (1 / (1 + (error / scale) ** 2)).mean(-1).max()
     torch.testing.assert_close(predicted_tm(logits, breaks), expected)
 
 

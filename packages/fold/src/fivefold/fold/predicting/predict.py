@@ -11,7 +11,6 @@ from torch import Tensor
 from fivefold.fold.config import FeatureConfig
 from fivefold.fold.data.features import Draw, Example, prediction_features
 from fivefold.fold.geometry.tables import tables
-from fivefold.fold.metrics import tm_scale
 from fivefold.fold.model.alphafold import AlphaFold
 
 
@@ -96,8 +95,9 @@ def error_centers(breaks: Tensor) -> Tensor:
 
 def predicted_tm(logits: Tensor, breaks: Tensor) -> Tensor:
     """Expected TM-score (supplement, equation 40) of logits (N, N, B) of aligned errors."""
-    length = torch.tensor(max(logits.shape[-2], 19.0))
-    per_bin = 1 / (1 + (error_centers(breaks) / tm_scale(length)).square())
+    # Of short chains AlphaFold takes the scale of 19 residues, which no score of structures does.
+    scale = 1.24 * (max(logits.shape[-2], 19) - 15) ** (1 / 3) - 1.8
+    per_bin = 1 / (1 + (error_centers(breaks) / scale).square())
     return (logits.float().softmax(-1) * per_bin).sum(-1).mean(-1).max()
 
 

@@ -1,5 +1,6 @@
 """A training run: from its configuration to checkpoints and a network."""
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from fivefold.parallel_core.training.ends import Outcome
 from fivefold.parallel_core.training.run import CHECKPOINTS, RUN_FILE, LayoutConfig
 from fivefold.parallel_core.training.run_export import checkpoint_of, read_run
 from fivefold.parallel_core.training.run_rank import topology_of
+from fivefold.parallel_core.training.totals import Totals
 
 MODEL = "model"
 """Folder of a run where its network is, for ``AlphaFold.from_pretrained``."""
@@ -125,7 +127,7 @@ def make_trainer(config: RunConfig, topology: Topology, folder: Path | None) -> 
         Chains(config.data.prepared, split.heldout),
         checkpoints=Checkpoints(folder / CHECKPOINTS, training.retention) if folder else None,
         identity={
-            "chains": split.train,
+            "chains": _digest(split.train),
             **{f"model.{name}": value for name, value in config.model.to_dict().items()},
             **{f"features.{name}": value for name, value in config.features.to_dict().items()},
             **{f"data.{name}": data[name] for name in _OF_DATA},
@@ -133,13 +135,19 @@ def make_trainer(config: RunConfig, topology: Topology, folder: Path | None) -> 
     )
 
 
+def _digest(names: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
 def train_rank(config: RunConfig, folder: Path, tensorboard: bool = False) -> Outcome:
     """Train on this rank, from the newest checkpoint in ``folder`` if there is one.
 
     Every rank of the job calls it; the process group must be there where there is more than one.
     """
-    trainer = make_trainer(config, topology_of(LayoutConfig()), folder)
-    topology = trainer.topology
+    topology = topology_of(LayoutConfig())
+    # Under torchrun the first rank may be preparing the data still.
+    Totals(topology.world).sum({"ready": torch.ones((), device=topology.device)})
+    trainer = make_trainer(config, topology, folder)
     try:
         step = trainer.resume()
         if topology.world_rank != 0:

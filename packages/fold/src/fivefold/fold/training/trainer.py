@@ -96,7 +96,6 @@ class FoldTrainer(Loop):
             torch.manual_seed(seed_of(self.run.training.seed, sample.number))
             for name, value in self._learn(sample).items():
                 sums[name] = sums[name] + value if name in sums else value
-            sums["unusable"] = sums.get("unusable", 0) + torch.tensor(float(len(sample.problems)))
         reduce_gradients(self.network)
         return sums
 
@@ -119,9 +118,14 @@ class FoldTrainer(Loop):
         positions = outputs["structure_module"]["final_atom_positions"].detach()
         lddt = lddt_ca(positions, batch["all_atom_positions"], batch["all_atom_mask"])
         told = {"loss": loss, **terms, "lddt_ca": lddt.nan_to_num(), "sample_norm": norm}
-        told["clipped"] = torch.tensor(float(scale < 1))
-        told["num_recycles"] = torch.tensor(len(cycles) - 1.0)
-        return {name: value.detach().double().cpu() for name, value in told.items()}
+        counts = {
+            "clipped": float(scale < 1),
+            "num_recycles": len(cycles) - 1.0,
+            "unusable": float(len(sample.problems)),
+        }
+        device = self.topology.device
+        told |= {name: torch.tensor(value, device=device) for name, value in counts.items()}
+        return {name: value.detach().double() for name, value in told.items()}
 
     def describe(self, sums: Mapping[str, Tensor], seconds: float) -> dict[str, float]:
         """See ``Loop.describe``: means over samples, and samples a second."""
