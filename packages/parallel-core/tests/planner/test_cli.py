@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -14,6 +15,7 @@ WORDS = ["22B", "--devices", "8", "--batch", "8", "--length", "2048", "--hardwar
 def test_a_plan_needs_no_torch() -> None:
     code = f"""
 import sys
+import tomllib
 from fivefold.parallel_core.planner.cli import main
 assert main({WORDS}) == 0
 assert not {{"torch", "numpy"}} & set(sys.modules)
@@ -34,6 +36,13 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
         assert 8 % (setup["tp"] * setup["cp"] * setup["pp"]) == 0
     times = [plan["time"]["total"] for plan in found["plans"]]
     assert times == sorted(times)
+
+
+def test_toml_of_the_best(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*WORDS, "--toml", "--tp", "4"]) == 0
+    found = tomllib.loads(capsys.readouterr().out)
+    assert found["layout"]["tp"] == 4
+    assert found["training"]["data_parallel"] == {"form": "zero1"}
 
 
 @pytest.mark.parametrize(

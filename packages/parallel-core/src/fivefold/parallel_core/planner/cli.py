@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fivefold.parallel_core.commands import run_command
 from fivefold.parallel_core.config import load_toml
+from fivefold.parallel_core.planner.auto import as_toml, tables
 from fivefold.parallel_core.planner.hardware import hardware
 from fivefold.parallel_core.planner.jobs import Job
 from fivefold.parallel_core.planner.models import ModelShape
@@ -33,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _plan(options: argparse.Namespace) -> int:
     machine, job = hardware(options.hardware), _job(options)
     found = search(job, machine)
-    if options.json:
+    if options.toml:
+        print(as_toml(tables(found.plans[0].setup)))
+    elif options.json:
         print(json.dumps(as_data(found, options.top), indent=2))
     else:
         print(table(job, machine, found, options.top))
@@ -81,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--causal", action="store_true", help="count half of attention's FLOPs")
     parser.add_argument("--top", type=_count, default=5, metavar="N", help="plans to show")
     parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--toml", action="store_true", help="the best as tables of a run's file")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     return parser
 
