@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fivefold.kernels import native
 from fivefold.kernels.cuda_route import Program
+from fivefold.sparse_rnn import arrangement
 from fivefold.sparse_rnn.ops.recurrence import cuda
 
 HERE = Path(__file__).parent
@@ -58,6 +59,8 @@ class Emulator:
             patch.object(cuda.cuda_route, "launch", self.launch),
             patch.object(cuda, "num_sms", lambda _: self.num_sms),
             patch.object(cuda, "NUM_WARPS", self.num_warps),
+            # As many blocks as there are, however little there is to do.
+            patch.object(arrangement, "_SLOTS_OF_WARP", 1),
             patch.object(cuda, "_told", lambda _: told),
         ):
             yield

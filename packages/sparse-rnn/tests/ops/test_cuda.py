@@ -212,9 +212,14 @@ def test_a_broken_protocol_shows(name: str, tmp_path: Path) -> None:
 
 
 def test_a_matrix_without_room_is_refused_with_the_numbers() -> None:
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    nonzeros = 5000 * 5000 * 9 // 10
+    pattern = (empty(5001, dtype=torch.int32), empty(nonzeros, dtype=torch.int32))
+    inputs = (empty(2, 4, 5000), empty(4, 5000), None, empty(nonzeros), *pattern)
     with record(), pytest.raises(BackendError, match=r"a block needs \d+ bytes of shared memory"):
-        inputs = _sample("lstm", 2, 4, 2304, 0.5).inputs(Maker(dtype=torch.float32, device="meta"))
-        recurrence(**inputs, backend="cuda")
+        recurrence(*inputs, cell="rnn_tanh", backend="cuda")
 
 
 def test_float64_is_refused() -> None:

@@ -13,7 +13,7 @@ from fivefold.kernels import cuda_route
 from fivefold.kernels.offline import sass
 from fivefold.kernels.offline.tools import dump
 from fivefold.sparse_rnn.ops.recurrence.cuda import SOURCE
-from fivefold.sparse_rnn.resident import MAX_REGISTER_WORDS, Kernel
+from fivefold.sparse_rnn.resident import Kernel
 
 pytest.importorskip("triton")
 pytest.importorskip("cuda.core")
@@ -40,6 +40,7 @@ KERNELS = {
     "barrier": replace(LSTM, barrier=True),
     "overflow": replace(LSTM, cell="gru", shape=(30,) * 9),
     "float32": replace(LSTM, kind="float32", source="float32", shape=(12,) * 8),
+    "small": replace(LSTM, cell="rnn_tanh", width=1, most_units=8, shape=(8,) * 4),
 }
 
 
@@ -84,7 +85,7 @@ def _code(name: str, arch: str = "sm_90a") -> Code:
 def test_nothing_spills(name: str) -> None:
     code = _code(name)
     assert code.spill_bytes == 0
-    assert MAX_REGISTER_WORDS <= code.registers <= 255
+    assert KERNELS[name].register_pairs < code.registers <= 255
 
 
 @pytest.mark.parametrize("name", ["forward", "backward", "barrier"])
@@ -131,6 +132,11 @@ def test_words_are_looked_at_without_fences(name: str) -> None:
     assert code.between(begin, end)["STG.E.STRONG.GPU"] >= 1
     fences = ("MEMBAR", "CCTL", "ERRBAR", "ATOM", "RED", "FENCE")
     assert not any(each.startswith(fences) for each in everything)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_registers_are_as_planned(name: str) -> None:
+    assert abs(_code(name).registers - KERNELS[name].registers) <= 8
 
 
 def test_a_barrier_of_the_grid_takes_fences() -> None:

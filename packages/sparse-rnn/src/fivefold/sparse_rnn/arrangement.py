@@ -19,8 +19,9 @@ NUM_WARPS = 8
 # What a run costs beside its slots, in slots: the sum over lanes.
 _RUN_COST = 1.5
 
-# A block has at least so many rows for each warp, unless there are too few blocks.
-_ROWS_OF_WARP = 4
+# With less to do, a warp would wait longer for others than it works; with more units than that, a
+# block would compute gates longer.
+_SLOTS_OF_WARP, _UNITS_OF_BLOCK = 12, 64
 
 
 class Run(NamedTuple):
@@ -62,14 +63,20 @@ class Arrangement:
         return max(map(len, self.units))
 
 
-def num_blocks(num_units: int, num_gates: int, num_sms: int, num_warps: int = NUM_WARPS) -> int:
+def num_blocks(num_slots: int, num_units: int, num_sms: int, num_warps: int = NUM_WARPS) -> int:
     """Blocks for a matrix, one a multiprocessor at most.
 
-    No more than shorten the work of the busiest: 2304 units are 18 in each of 128 blocks, which
-    with 132 blocks would also be the most.
+    No more than have enough to do, and no more than shorten the work of the busiest: 2304 units are
+    18 in each of 128 blocks, and with 132 blocks 18 would also be the most.
+
+    Args:
+        num_slots: of all rows together.
+        num_units: H.
+        num_sms: multiprocessors.
+        num_warps: of a block.
     """
-    wanted = num_units * num_gates // (_ROWS_OF_WARP * num_warps)
-    blocks = max(1, min(num_sms, num_units, wanted))
+    wanted = max(num_slots // (_SLOTS_OF_WARP * num_warps), num_units // _UNITS_OF_BLOCK, 1)
+    blocks = min(num_sms, num_units, wanted)
     most = -(-num_units // blocks)
     return -(-num_units // most)
 

@@ -17,6 +17,9 @@ MAX_REGISTER_WORDS = 192
 # Of values, by which the kernel knows them.
 KINDS = {"float16": 0, "bfloat16": 1, "float32": 2}
 
+# From so many words on, few loads are under way at once; kInFlight of cuda.cu.
+_FEW_LOADS_FROM = 160
+
 _WORD = 4
 _NARROW_BYTES = 1 << 16
 
@@ -76,6 +79,17 @@ class Kernel:
         return min(self.pairs, MAX_REGISTER_WORDS // (1 + self.wide))
 
     @property
+    def registers(self) -> int:
+        """Of a thread, about; what the compiler takes beside the words was read off its code."""
+        words = self.register_pairs * (1 + self.wide)
+        wide = 8 * self.wide
+        if words > _FEW_LOADS_FROM:
+            return min(words + 63 + wide, 255)
+        # Loads of 16 bytes under way take most.
+        others = 80 + min(self.register_pairs, 16) if self.width == 4 else 77
+        return min(words + others, 243 + wide)
+
+    @property
     def num_threads(self) -> int:
         """Of a block."""
         return LANES * self.num_warps
@@ -133,30 +147,54 @@ class Kernel:
         }
 
 
-def kernel_of(
+def fit(
     arrangement: Arrangement,
     *,
     cell: str,
     backward: bool,
-    barrier: bool,
     hidden: int,
-    width: int,
+    batch: int,
     kind: str,
     source: str,
-) -> Kernel:
-    """The kernel for rows that are arranged so."""
-    return Kernel(
-        cell=cell,
-        backward=backward,
-        barrier=barrier,
-        hidden=hidden,
-        width=width,
-        kind=kind,
-        source=source,
-        most_units=arrangement.most_units,
-        num_warps=arrangement.num_warps,
-        shape=arrangement.shape,
-    )
+    shared_bytes: int,
+    barrier: bool = False,
+    width: int | None = None,
+) -> tuple[Kernel, str | None]:
+    """The kernel for rows arranged so that takes most sequences at once of those that have room.
+
+    Args:
+        arrangement: of the rows.
+        cell: see ``Kernel``.
+        backward: see ``Kernel``.
+        hidden: H.
+        batch: B.
+        kind: see ``Kernel``.
+        source: see ``Kernel``.
+        shared_bytes: that a block may have.
+        barrier: see ``Kernel``.
+        width: the only one to try.
+
+    Returns:
+        The kernel, and why it has no room where none has.
+    """
+    refusal = None
+    for each in widths(batch) if width is None else (width,):
+        kernel = Kernel(
+            cell=cell,
+            backward=backward,
+            barrier=barrier,
+            hidden=hidden,
+            width=each,
+            kind=kind,
+            source=source,
+            most_units=arrangement.most_units,
+            num_warps=arrangement.num_warps,
+            shape=arrangement.shape,
+        )
+        refusal = misfit(kernel, batch, shared_bytes)
+        if refusal is None:
+            break
+    return kernel, refusal
 
 
 def widths(batch: int) -> tuple[int, ...]:

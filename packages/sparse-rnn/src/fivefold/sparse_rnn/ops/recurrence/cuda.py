@@ -22,13 +22,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fivefold.kernels import cuda_route
 from fivefold.kernels.launch import num_sms
-from fivefold.sparse_rnn.arrangement import NUM_WARPS, Arrangement, arrange, num_blocks
+from fivefold.sparse_rnn.arrangement import NUM_WARPS, arrange, num_blocks
 from fivefold.sparse_rnn.errors import SparseRNNTimeoutError
 from fivefold.sparse_rnn.layout import LANES
 from fivefold.sparse_rnn.ops.recurrence.cells import CELLS
 from fivefold.sparse_rnn.ops.recurrence.reference import previous
 from fivefold.sparse_rnn.ops.recurrence.tables import Matrix, Tables, arranged, tables
-from fivefold.sparse_rnn.resident import Kernel, kernel_of, misfit, widths
+from fivefold.sparse_rnn.resident import Kernel, fit
 
 SOURCE = Path(__file__).with_suffix(".cu")
 
@@ -260,42 +260,35 @@ def resident(
 def lay_out(crow: Tensor, col: Tensor, form: Form) -> Resident:
     """Lay a matrix out; one on ``meta`` as if its rows had equally many nonzeros."""
     gates, options = CELLS[form.cell].num_gates, form.options
-    blocks = num_blocks(form.hidden, gates, form.num_sms, NUM_WARPS)
     matrix = None
     if col.is_meta:
         rows = gates * form.hidden
         slots = [-(-col.shape[0] // max(rows, 1) // LANES)] * rows
+        blocks = num_blocks(sum(slots), form.hidden, form.num_sms, NUM_WARPS)
         arrangement = arrange(slots, form.hidden, blocks, NUM_WARPS)
     else:
         matrix = Matrix.of(crow, col, form.hidden, turned=form.backward)
-        arrangement = arranged(matrix, form.hidden, blocks, NUM_WARPS)
-    kernel = widest(arrangement, form)
-    refusal = misfit(kernel, form.batch, form.shared_bytes)
+        arrangement = arranged(matrix, form.hidden, form.num_sms, NUM_WARPS)
+    kernel, refusal = fit(
+        arrangement,
+        cell=form.cell,
+        backward=form.backward,
+        barrier=options.exchange == "barrier",
+        hidden=form.hidden,
+        batch=form.batch,
+        kind=options.values or form.source,
+        source=form.source,
+        shared_bytes=form.shared_bytes,
+        width=options.width,
+    )
     if refusal is not None:
         return Resident(kernel=kernel, tables=None, refusal=refusal)
     if matrix is None:
-        return Resident(kernel=kernel, tables=_empty_tables(kernel, blocks), refusal=None)
+        return Resident(
+            kernel=kernel, tables=_empty_tables(kernel, len(arrangement.units)), refusal=None
+        )
     made = tables(matrix, arrangement, kernel, reorder=options.reorder, permute=options.permute)
     return Resident(kernel=kernel, tables=made, refusal=None)
-
-
-def widest(arrangement: Arrangement, form: Form) -> Kernel:
-    """The kernel that takes most sequences at once of those that fit; the last tried if none."""
-    options = form.options
-    for width in widths(form.batch) if options.width is None else (options.width,):
-        kernel = kernel_of(
-            arrangement,
-            cell=form.cell,
-            backward=form.backward,
-            barrier=options.exchange == "barrier",
-            hidden=form.hidden,
-            width=width,
-            kind=options.values or form.source,
-            source=form.source,
-        )
-        if misfit(kernel, form.batch, form.shared_bytes) is None:
-            break
-    return kernel
 
 
 def _pack(matrix: Resident, values: Tensor) -> Tensor:

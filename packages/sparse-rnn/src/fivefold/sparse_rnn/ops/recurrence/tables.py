@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fivefold.sparse_rnn import layout
-from fivefold.sparse_rnn.arrangement import Arrangement, Run, arrange
+from fivefold.sparse_rnn.arrangement import Arrangement, Run, arrange, num_blocks
 from fivefold.sparse_rnn.ops.recurrence.reference import rows_of
 from fivefold.sparse_rnn.resident import Kernel
 
@@ -69,10 +69,10 @@ class Tables:
     order: Tensor
 
 
-def arranged(matrix: Matrix, hidden: int, blocks: int, num_warps: int) -> Arrangement:
+def arranged(matrix: Matrix, hidden: int, num_sms: int, num_warps: int) -> Arrangement:
     """Rows dealt to blocks and warps."""
     slots = layout.num_slots(matrix.crow).tolist()
-    return arrange(slots, hidden, blocks, num_warps)
+    return arrange(slots, hidden, num_blocks(sum(slots), hidden, num_sms, num_warps), num_warps)
 
 
 def tables(
