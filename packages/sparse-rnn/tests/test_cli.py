@@ -76,6 +76,17 @@ def test_bench_prints_both(train: list[str], capsys: pytest.CaptureFixture[str])
     assert "torch" in shown and "sparse" in shown and "times as fast, 1 threads" in shown
 
 
+def test_plan_tells_where_nonzeros_lie(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["plan", "--hidden", "256", "--batch", "4", "--values", "bfloat16"]
+    assert main(small) == 0
+    shown = capsys.readouterr().out
+    assert "lstm of 256 units, 26" in shown and "cuda, nonzeros in registers" in shown
+    assert main([*small, "--backward", "--cell", "GRU", "--device", "a100"]) == 0
+    assert "backward, A100" in capsys.readouterr().out
+    assert main([*small, "--device", "tpu"]) == 1
+    assert "devices are a100, h100, h200, b200, found 'tpu'" in capsys.readouterr().err
+
+
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(tmp_path / "none.pt"), str(tmp_path)]) == 1
     assert "cannot read" in capsys.readouterr().err

@@ -28,7 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     from fivefold.sparse_rnn import commands
 
-    run = {"prune": commands.prune, "export": commands.export, "bench": commands.bench}
+    run = {
+        "prune": commands.prune,
+        "export": commands.export,
+        "bench": commands.bench,
+        "plan": commands.plan,
+    }
     return run[options.command](options)
 
 
@@ -43,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_prune(commands.add_parser("prune", help="put zeros into the recurrent weights of a file"))
     _add_export(commands.add_parser("export", help="write the layers of a file as sparse ones"))
     _add_bench(commands.add_parser("bench", help="time a sparse layer beside torch's dense one"))
+    _add_plan(commands.add_parser("plan", help="tell whether and how a layer fits on a GPU"))
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     return parser
@@ -98,6 +104,30 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="(default: torch's)")
     parser.add_argument("--rounds", type=int, default=10, help="(default: %(default)s)")
     parser.add_argument("--train", action="store_true", help="forward and backward")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Whether a recurrent layer's nonzeros fit on the multiprocessors of a GPU, which need not "
+        "be here; where they lie, and how long a step takes by arithmetic."
+    )
+    cells = ("LSTM", "GRU", "RNN_TANH", "RNN_RELU")
+    parser.add_argument("--cell", choices=cells, default="LSTM")
+    parser.add_argument("--hidden", type=int, default=1024, help="units (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="sequences (default: %(default)s)")
+    parser.add_argument("--density", type=float, default=0.1, help="(default: %(default)s)")
+    parser.add_argument(
+        "--values",
+        choices=("float16", "bfloat16", "float32"),
+        default="float32",
+        help="dtype of the weights (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device",
+        default="h100",
+        help="a100, h100, h200, b200, or here (default: %(default)s)",
+    )
+    parser.add_argument("--backward", action="store_true", help="the kernel of the gradients")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fivefold.parallel_core.files import atomic_file
 from fivefold.sparse_rnn import SparseGRU, SparseLSTM, SparseRNN
+from fivefold.sparse_rnn import plan as planning
 from fivefold.sparse_rnn.dense import NUM_GATES, find_weight
 from fivefold.sparse_rnn.errors import SparseRNNFileError, SparseRNNInputError
 from fivefold.sparse_rnn.prune.patterns import Balanced, Blocks, NofM, Pattern, Unstructured
@@ -75,6 +76,21 @@ def bench(options: argparse.Namespace) -> int:
     for name, seconds in best.items():
         print(f"{name:8} {seconds / options.steps * 1e6:10.1f} us a step")
     print(f"{best['torch'] / best['sparse']:.2f} times as fast, {torch.get_num_threads()} threads")
+    return 0
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Tell whether and how a layer fits on a GPU."""
+    found = planning.plan(
+        options.cell.lower(),
+        options.hidden,
+        density=options.density,
+        batch=options.batch,
+        values=options.values,
+        device=planning.Device.here() if options.device == "here" else options.device,
+        backward=options.backward,
+    )
+    print(found)
     return 0
 
 
