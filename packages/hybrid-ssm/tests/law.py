@@ -1,32 +1,34 @@
 """The law of equality: training under a layout beside plain torch in one process."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from fivefold.hybrid_ssm import HybridConfig, HybridForCausalLM, sharding
 from fivefold.hybrid_ssm.train import initialise
-from fivefold.parallel_core.build import ParallelModel, build, make_runner
+from fivefold.parallel_core import testing
+from fivefold.parallel_core.build import build, make_runner
 from fivefold.parallel_core.context import take_held
 from fivefold.parallel_core.data_parallel import Precision
 from fivefold.parallel_core.documents import starts_of_ids
-from fivefold.parallel_core.gradients import clip, global_norm, sum_partial
 from fivefold.parallel_core.layout import Layout
-from fivefold.parallel_core.parameters import ParameterTable, Piece
+from fivefold.parallel_core.parameters import ParameterTable
 from fivefold.parallel_core.pipeline_config import PipelineConfig
+from fivefold.parallel_core.testing import (
+    Job,
+    Lesson,
+    Record,
+    Verdict,
+    num_valid,
+    train_plainly,
+)
 from fivefold.parallel_core.topology import Topology
-from fivefold.parallel_core.training.optimizer import AdamWConfig, ShardedAdamW
 
 SEED, BATCH, LENGTH, STEPS = 7, 8, 24, 2
-CLIP, LEARNING_RATE = 0.5, 1e-2
-ADAMW = AdamWConfig()
 DOUBLE = Precision(parameters="float64", compute="float64")
-LOSSES = ("aux_loss", "z_loss")
+LESSON = Lesson(num_sequences=BATCH, steps=STEPS, losses=("aux_loss", "z_loss"))
 
 # The vocabulary divides by no axis, there are fewer key heads than query heads, and the layers
 # divide by no number of stages.
@@ -89,20 +91,6 @@ class Case:
         return " ".join(words)
 
 
-@dataclass(kw_only=True)
-class Record:
-    """What a run leaves: scalars of every step, gradients of the first, parameters of the last."""
-
-    scalars: dict[str, float] = field(default_factory=dict)
-    gradients: dict[str, Tensor] = field(default_factory=dict)
-    parameters: dict[str, Tensor] = field(default_factory=dict)
-
-    def note(self, step: int, loss: float, norm: float, side: Mapping[str, float]) -> None:
-        """Keep the scalars of a step."""
-        found = {"loss": loss, "norm": norm, **side}
-        self.scalars |= {f"{name}[{step}]": value for name, value in found.items()}
-
-
 def batch(vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Ids, targets and starts of documents (B, S); one sequence has no targets, another few.
 
@@ -116,95 +104,21 @@ def batch(vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
     return inputs, targets, starts_of_ids(torch.tensor(ids))
 
 
-def num_valid(targets: Tensor) -> int:
-    return int((targets != -100).sum())
-
-
 def plain_run(config: HybridConfig, packed: bool) -> Record:
     """Train the whole model on the whole batch with torch's own loss, clipping and AdamW."""
-    model, record = HybridForCausalLM(config).double(), Record()
+    model = HybridForCausalLM(config).double()
     initialise(ParameterTable.of(model).pieces(model), config, SEED)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters.values() if p.dim() > 1]},
-            {"params": [p for p in parameters.values() if p.dim() == 1], "weight_decay": 0.0},
-        ],
-        lr=LEARNING_RATE,
-        betas=ADAMW.betas,
-        eps=ADAMW.eps,
-        weight_decay=ADAMW.weight_decay,
-    )
     inputs, targets, starts = batch(config.vocab_size)
-    model.side.weight = 1 / BATCH
-    for step in range(STEPS):
-        logits = model(inputs, document_starts=starts if packed else None)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        loss.backward()
-        if step == 0:
-            record.gradients = {name: p.grad.clone() for name, p in parameters.items()}
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values()])
-        for parameter in parameters.values():
-            parameter.grad *= min(1.0, CLIP / norm.item())
-        optimizer.step()
-        optimizer.zero_grad()
-        totals = model.side.drain()
-        side = {name: totals[name].item() / BATCH for name in LOSSES if name in totals}
-        record.note(step, loss.item(), norm.item(), side)
-    record.parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
-    return record
+    documents = starts if packed else None
+    return train_plainly(model, lambda: model(inputs, document_starts=documents), targets, LESSON)
 
 
-@dataclass(kw_only=True)
-class Job:
-    """The model laid over the ranks, ready to train."""
-
-    case: Case
-    topology: Topology
-    model: ParallelModel
-    runner: Any
-    pieces: list[Piece]
-    optimizer: ShardedAdamW
-
-    def data(self) -> list[Tensor]:
-        """This rank's ids, targets and starts."""
-        dp, cp = self.topology.axis("dp"), self.topology.axis("cp")
-        return [
-            take_held(whole.chunk(dp.size)[dp.rank], cp, self.case.context.split)
-            for whole in batch(self.case.model.vocab_size)
-        ]
-
-    def run(self) -> Record:
-        """The same training as ``plain_run``; tensors are this rank's pieces."""
-        record, count = Record(), num_valid(batch(self.case.model.vocab_size)[1])
-        self.model.train()
-        inputs, targets, starts = self.data()
-        for step in range(STEPS):
-            self.model.weigh_side_losses(1 / BATCH)
-            more = (starts,) if self.case.packed else ()
-            loss = self.runner.train(inputs, targets, 1 / count, *more).item()
-            sum_partial(self.pieces, self.topology)
-            norm = global_norm(self.pieces, self.topology)
-            if step == 0:
-                grads = {p.name: p.grad for p in self.pieces if p.grad is not None}
-                record.gradients = {
-                    p.name: p.trim(grads[p.name]).clone() for p in self.pieces if p.name in grads
-                }
-            clip(self.pieces, norm, CLIP)
-            self.optimizer.step(LEARNING_RATE)
-            # The token loss is the same on all tensor ranks; side losses are each rank's own.
-            once = loss if self.topology.rank("tp") == 0 else 0.0
-            totals = self.model.drain_side_outputs()
-            side = {n: world_sum(float(totals.get(n, 0.0))) / BATCH for n in LOSSES}
-            record.note(step, world_sum(once) / count, norm.item(), side)
-        record.parameters = {piece.name: piece.tensor.clone() for piece in self.pieces}
-        return record
-
-
-def world_sum(value: float) -> float:
-    total = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(total)
-    return total.item()
+def data_of(case: Case, topology: Topology) -> list[Tensor]:
+    """A rank's ids and targets, and starts of documents where they are packed."""
+    dp, cp = topology.axis("dp"), topology.axis("cp")
+    wholes = batch(case.model.vocab_size)[: 3 if case.packed else 2]
+    mine = (whole.chunk(dp.size)[dp.rank] for whole in wholes)
+    return [take_held(rows, cp, case.context.split) for rows in mine]
 
 
 def make_job(case: Case) -> Job:
@@ -237,40 +151,13 @@ def make_job(case: Case) -> Job:
         vocab_size=config.vocab_size,
         dtype=DOUBLE.compute_dtype,
     )
-    pieces = model.pieces()
-    optimizer = ShardedAdamW(pieces, ADAMW)
-    return Job(
-        case=case, topology=topology, model=model, runner=runner, pieces=pieces, optimizer=optimizer
-    )
-
-
-def distances(job: Job, run: Record, expected: Record) -> Iterator[tuple[str, float]]:
-    """Relative distance of every scalar and of every tensor on this rank from the reference."""
-    for name, value in expected.scalars.items():
-        yield name, abs(run.scalars[name] - value) / abs(value)
-    for kind in ("gradients", "parameters"):
-        found, wholes = getattr(run, kind), getattr(expected, kind)
-        for piece in job.pieces:
-            if piece.box.numel and piece.name in wholes:
-                whole = wholes[piece.name]
-                error = (found[piece.name] - whole[piece.box.slices]).abs().max()
-                yield f"{kind}[{piece.name}]", (error / whole.abs().max().clamp(min=1e-12)).item()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What one rank found: its distances, what it counts, and the scalars of its run."""
-
-    distances: Mapping[str, float]
-    counted: Mapping[str, int]
+    count = num_valid(batch(config.vocab_size)[1])
+    return Job(model, runner, data_of(case, topology), count, LESSON)
 
 
 def judge(case: Case, expected: Record) -> Verdict:
     """Run a case on this rank."""
-    job = make_job(case)
-    run = job.run()
-    counted = {piece.name: piece.box.numel for piece in job.pieces if piece.counted}
-    return Verdict(distances=dict(distances(job, run, expected)), counted=counted)
+    return testing.judge(make_job(case), expected)
 
 
 def with_model(**changes: object) -> HybridConfig:
