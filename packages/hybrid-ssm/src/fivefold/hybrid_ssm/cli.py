@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from fivefold.hybrid_ssm.compress import command as compress
 from fivefold.hybrid_ssm.errors import HybridError
 from fivefold.parallel_core.arguments import (
     DTYPES,
@@ -32,19 +33,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     from fivefold.hybrid_ssm import commands
 
-    run = {"train": commands.train, "export": commands.export, "generate": commands.generate}
+    run = {
+        "train": commands.train,
+        "export": commands.export,
+        "generate": commands.generate,
+        "compress": compress.run,
+    }
     return run[options.command](options)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser, commands = command_parser(
         "fivefold-hybrid-ssm",
-        "Train, export and run hybrids of Mamba-2, attention, MLP and expert layers.",
+        "Train, export, run and compress hybrids of Mamba-2, attention, MLP and expert layers.",
     )
     train = commands.add_parser("train", help="train a model, or go on with a run")
     add_train(train, module="fivefold.hybrid_ssm", default_run="runs/hybrid")
     add_export(commands.add_parser("export", help="write a run's model in Hugging Face form"))
     _add_generate(commands.add_parser("generate", help="continue a text"))
+    compress.add_arguments(commands.add_parser("compress", help="make a smaller model of a model"))
     add_debug(commands.choices.values())
     return parser
 
