@@ -1,7 +1,12 @@
 """Mutants of kernels."""
 
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
 import torch
 
+from fivefold.kernels import op as ways
 from fivefold.kernels.ops.rms_norm.samples import SAMPLES
 from fivefold.kernels.testing import mutation
 from fivefold.kernels.testing.checks import check_values
@@ -69,6 +74,48 @@ def test_a_broken_kernel_runs_in_place_of_the_real_one() -> None:
     check()
     assert not mutation.survives(folder, "triton", sign, check)
     assert mutation.survives(folder, "triton", sign, lambda: None)
+    check()
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpu"])
+def test_the_kernel_as_it_is_survives_in_place_of_itself(backend: str) -> None:
+    folder = mutation.folder_of(SAMPLES)
+    mutant = mutation.mutants_of(folder, backend)[0]
+    same = replace(mutant, source=(mutation._path(folder) / mutant.file).read_text())
+
+    def check() -> None:
+        check_values(SAMPLES, SAMPLES.small[0], backend, torch.float32)
+
+    assert mutation.survives(folder, backend, same, check)
+
+
+def test_a_kernel_beside_the_backends_file_is_broken_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "two_files"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "triton.py").write_text(
+        "from two_files.triton_parts import parts\n\ndef run():\n    return parts.fn(3)\n"
+    )
+    (folder / "triton_parts.py").write_text(
+        "import triton\n\n@triton.jit\ndef parts(n):\n    return n + 1\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    (mutant,) = mutation.mutants_of("two_files", "triton")
+    assert (mutant.file, mutant.function) == ("triton_parts.py", "parts")
+
+    def check() -> None:
+        assert ways._implementation("two_files", "triton", "run")() == 4
+
+    check()
+    assert not mutation.survives("two_files", "triton", mutant, check)
+    assert mutation.survives(
+        "two_files",
+        "triton",
+        replace(mutant, after="", source=(folder / "triton_parts.py").read_text()),
+        check,
+    )
     check()
 
 

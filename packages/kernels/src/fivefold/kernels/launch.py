@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,22 @@ FUSED_MULTIPLY_ADD = True
 
 # Streaming multiprocessors of an H100, which recorded launches are made for.
 _RECORDED_NUM_SMS = 132
+
+_HOPPER = (9, 0)
+
+
+class TensorCores(Enum):
+    """Where the tensor cores of an architecture have what they work on: it decides what tiles fit.
+
+    Attributes:
+        REGISTERS: operands and sums in registers, as up to Ada and in workstations' Blackwell.
+        SHARED_MEMORY: operands in shared memory, sums in registers: Hopper.
+        TENSOR_MEMORY: sums in a memory of their own: data centres' Blackwell.
+    """
+
+    REGISTERS = "registers"
+    SHARED_MEMORY = "shared memory"
+    TENSOR_MEMORY = "tensor memory"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,17 +90,23 @@ class CudaLaunch:
 Launches = list[Launch | CudaLaunch]
 
 _record: ContextVar[Launches | None] = ContextVar("_record", default=None)
+_capability: ContextVar[tuple[int, int]] = ContextVar("_capability", default=_HOPPER)
 
 
 @contextmanager
-def record() -> Iterator[Launches]:
-    """Collect launches instead of starting them; run ops on ``meta`` tensors in it."""
+def record(capability: tuple[int, int] = _HOPPER) -> Iterator[Launches]:
+    """Collect launches instead of starting them; run ops on ``meta`` tensors in it.
+
+    Args:
+        capability: the compute capability of the GPU that they are for.
+    """
     launches: Launches = []
-    token = _record.set(launches)
+    tokens = _record.set(launches), _capability.set(capability)
     try:
         yield launches
     finally:
-        _record.reset(token)
+        _record.reset(tokens[0])
+        _capability.reset(tokens[1])
 
 
 def recording() -> Launches | None:
@@ -139,6 +162,13 @@ def num_sms(x: Tensor) -> int:
     if x.is_cuda:
         return torch.cuda.get_device_properties(x.device).multi_processor_count
     return _RECORDED_NUM_SMS if x.is_meta else 2
+
+
+def tensor_cores(x: Tensor) -> TensorCores:
+    """Those of the device of ``x``, or of what launches are recorded for; else a Hopper's."""
+    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else _capability.get()
+    kinds = {9: TensorCores.SHARED_MEMORY, 10: TensorCores.TENSOR_MEMORY}
+    return kinds.get(capability[0], TensorCores.REGISTERS)
 
 
 def _device(arguments: tuple[Any, ...]) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fivefold.kernels.launch import CudaLaunch, Launch, record
+from fivefold.kernels.launch import CudaLaunch, Launch, Launches, record
 from fivefold.kernels.offline.builds import Build, build_of, moved_bytes
 from fivefold.kernels.samples import Inputs, Maker, OpSamples, Sample, load
 
@@ -59,13 +59,16 @@ class Failure:
 Found = dict[Build, Origin]
 
 
-def gather(ops: Sequence[tuple[str, str]]) -> tuple[Found, list[Failure]]:
+def gather(
+    ops: Sequence[tuple[str, str]], capability: tuple[int, int] = (9, 0)
+) -> tuple[Found, list[Failure]]:
     """Every distinct kernel of these ops at the sizes of models, and what went wrong.
 
     A kernel that several calls start alike is that of the first of them.
 
     Args:
         ops: packages and names.
+        capability: the compute capability of the GPU to start them on.
     """
     found: Found = {}
     failures: list[Failure] = []
@@ -77,7 +80,8 @@ def gather(ops: Sequence[tuple[str, str]]) -> tuple[Found, list[Failure]]:
             failures.append(Failure(origin=origin, error=_text(error)))
             continue
         for sample, dtype in _calls(op):
-            _gather_call(package, op, sample, dtype, found, failures)
+            with record(capability) as launches:
+                _gather_call(package, op, sample, dtype, launches, found, failures)
     return found, failures
 
 
@@ -92,6 +96,7 @@ def _gather_call(
     op: OpSamples,
     sample: Sample,
     dtype: torch.dtype,
+    launches: Launches,
     found: Found,
     failures: list[Failure],
 ) -> None:
@@ -104,7 +109,8 @@ def _gather_call(
         follows_indices=op.follows_indices,
     )
     for backend in _backends(op):
-        launches, error = _launches(op, sample, dtype, backend)
+        launches.clear()
+        error = _call(op, sample, dtype, backend)
         if error is not None:
             failures.append(Failure(origin=origin, error=f"{backend}: {_text(error)}"))
         for launch in launches:
@@ -132,17 +138,14 @@ def _backends(op: OpSamples) -> list[str]:
     return [name for name in ("triton", "cuda") if find_spec(f"{folder}.{name}") is not None]
 
 
-def _launches(
-    op: OpSamples, sample: Sample, dtype: torch.dtype, backend: str
-) -> tuple[list[Launch | CudaLaunch], Exception | None]:
-    """What a call and its gradients start, as far as they come."""
-    with record() as launches:
-        try:
-            inputs = sample.inputs(Maker(dtype=dtype, device="meta"))
-            _differentiate(op.function(**inputs, backend=backend), inputs)
-        except Exception as error:  # reported with the op's name
-            return launches, error
-    return launches, None
+def _call(op: OpSamples, sample: Sample, dtype: torch.dtype, backend: str) -> Exception | None:
+    """Call an op and its gradients, as far as they come; returns why they come no further."""
+    try:
+        inputs = sample.inputs(Maker(dtype=dtype, device="meta"))
+        _differentiate(op.function(**inputs, backend=backend), inputs)
+    except Exception as error:  # reported with the op's name
+        return error
+    return None
 
 
 def _differentiate(outputs: Any, inputs: Inputs) -> None:

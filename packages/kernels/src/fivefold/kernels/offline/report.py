@@ -9,8 +9,8 @@ from fivefold.kernels.backends import interpreting
 from fivefold.kernels.errors import BackendError, CompileError
 from fivefold.kernels.offline.builds import Build
 from fivefold.kernels.offline.compare import Comparison
-from fivefold.kernels.offline.compile import Compiled, UnsupportedError
-from fivefold.kernels.offline.gather import Failure, Origin, gather
+from fivefold.kernels.offline.compile import TARGETS, Compiled, UnsupportedError
+from fivefold.kernels.offline.gather import Failure, Found, Origin, gather
 from fivefold.kernels.offline.pool import compile_all, show_progress
 from fivefold.kernels.offline.records import Record
 
@@ -32,13 +32,13 @@ def survey(
         raise BackendError(
             "kernels cannot be compiled in Triton's interpreter: unset TRITON_INTERPRET"
         )
-    builds, failures = gather(ops)
-    jobs = [(build, target) for build in builds for target in targets]
-    variants = _variants(builds)
+    builds, failures = _gather_all(ops, targets)
+    jobs = [(build, target) for target in targets for build in builds[target]]
+    variants = {target: _variants(found) for target, found in builds.items()}
     found = []
     for index, made in compile_all(jobs, processes, show_progress):
         build, target = jobs[index]
-        origin = builds[build]
+        origin = builds[target][build]
         if isinstance(made, CompileError):
             expected = isinstance(made, UnsupportedError)
             failures.append(
@@ -51,10 +51,23 @@ def survey(
                 )
             )
         else:
-            found.append(_record(build, target, origin, variants[build], made))
+            found.append(_record(build, target, origin, variants[target][build], made))
     found.sort(key=lambda record: record.key)
     failures.sort(key=lambda failure: (failure.origin.package, failure.origin.op, failure.kernel))
     return found, failures
+
+
+def _gather_all(
+    ops: Sequence[tuple[str, str]], targets: Sequence[str]
+) -> tuple[dict[str, Found], list[Failure]]:
+    """The kernels for each target, and what went wrong, told once."""
+    builds: dict[str, Found] = {}
+    failures: list[Failure] = []
+    for target in targets:
+        number, _ = TARGETS[target]
+        builds[target], failed = gather(ops, divmod(number, 10))
+        failures += [each for each in failed if each not in failures]
+    return builds, failures
 
 
 def describe(failure: Failure) -> str:

@@ -13,6 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 
 from fivefold.kernels.samples import OpSamples, load
+from fivefold.kernels.selection import select
 from fivefold.kernels.testing.checks import check_backend
 from fivefold.kernels.testing.mutation import folder_of, mutants_of, survives
 
@@ -20,12 +21,12 @@ from fivefold.kernels.testing.mutation import folder_of, mutants_of, survives
 def main() -> int:
     """The exit status: 0 where every mutant was noticed."""
     parser = argparse.ArgumentParser(prog="python -m fivefold.kernels.testing", description=__doc__)
-    parser.add_argument("ops", nargs="+", metavar="OP")
-    parser.add_argument("--package", default="kernels", help="whose ops these are")
+    parser.add_argument("ops", nargs="+", metavar="OP", help="rms_norm, or PACKAGE/OP")
     parser.add_argument("--backend", default="triton", choices=("triton", "cpu"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    survivors = [_survivors(load(op, options.package), options.backend) for op in options.ops]
+    ops = [load(op, package) for package, op in select(options.ops)]
+    survivors = [_survivors(op, options.backend) for op in ops]
     return 1 if any(survivors) else 0
 
 

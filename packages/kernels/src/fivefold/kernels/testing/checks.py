@@ -47,7 +47,7 @@ def check_values(
     """
     maker = Maker(dtype=dtype, device=device, allocate=LAYOUTS[layout])
     inputs = sample.inputs(maker)
-    with memory.poisoned():
+    with memory.poisoned(behind_fence=layout == "fenced"):
         found = differentiate(
             lambda: op.function(**inputs, backend=backend), inputs, LAYOUTS[layout]
         )

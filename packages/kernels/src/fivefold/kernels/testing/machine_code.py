@@ -10,6 +10,7 @@ import pytest
 from fivefold.kernels import samples
 from fivefold.kernels.offline import records
 from fivefold.kernels.offline.compare import broken_laws, compare
+from fivefold.kernels.offline.compile import TARGETS
 from fivefold.kernels.offline.records import Record
 
 Found = tuple[list[Record], str]
@@ -18,7 +19,8 @@ Found = tuple[list[Record], str]
 def machine_code_tests(package: str, table: Path) -> type:
     """Tests of the machine code of all kernels of a package, compiled for sm_90a without a GPU.
 
-    They are skipped where triton or cuda.core is not installed.
+    Those that compile are skipped where triton or cuda.core is not installed. The committed table
+    has to obey the laws on every architecture.
 
     Args:
         package: as the entry point group ``fivefold.kernels`` names it.
@@ -39,6 +41,14 @@ def machine_code_tests(package: str, table: Path) -> type:
             ]
             assert not faults, "\n".join(faults)
             assert "to mend" not in found[1]
+
+        def test_the_table_obeys_the_laws_on_every_architecture(self) -> None:
+            committed = records.read(table)
+            assert {record.target for record in committed} == TARGETS.keys()
+            faults = [
+                f"{record.title} {fault}" for record in committed for fault in broken_laws(record)
+            ]
+            assert not faults, "\n".join(faults)
 
         def test_every_op_that_needs_tensor_cores_has_them(self, found: Found) -> None:
             with_them = {record.op for record in found[0] if record.needs_tensor_cores}

@@ -57,13 +57,20 @@ def fenced(shape: Sequence[int], *, dtype: torch.dtype, device: str) -> Tensor:
 
 
 @contextmanager
-def poisoned() -> Iterator[None]:
-    """Fill what ``torch.empty`` and its kin return with NaN, and fail where a margin changed."""
+def poisoned(*, behind_fence: bool = False) -> Iterator[None]:
+    """Fill what ``torch.empty`` and its kin return with NaN, and fail where a margin changed.
+
+    Args:
+        behind_fence: whether those and copies are ``fenced`` instead of amid margins.
+    """
     made: list[tuple[Tensor, Tensor]] = []
+    torch_clone = torch.Tensor.clone
 
     def empty(*size: Any, **options: Any) -> Tensor:
         shape = tuple(size[0]) if size and not isinstance(size[0], int) else size
         dtype = options.get("dtype") or torch.get_default_dtype()
+        if behind_fence:
+            return fenced(shape, dtype=dtype, device="cpu")
         buffer, x = _amid_poison(shape, _steps(shape), dtype, options.get("device") or "cpu")
         made.append((buffer, x))
         return x
@@ -77,7 +84,13 @@ def poisoned() -> Iterator[None]:
         options = {"dtype": x.dtype, "device": x.device} | options
         return empty(*size, **options)
 
+    def clone(x: Tensor, **options: Any) -> Tensor:
+        if not behind_fence or x.requires_grad or options:
+            return torch_clone(x, **options)
+        return fenced(tuple(x.shape), dtype=x.dtype, device="cpu").copy_(x)
+
     with (
+        patch.object(torch.Tensor, "clone", clone),
         patch.object(torch, "empty", empty),
         patch.object(torch, "empty_like", empty_like),
         patch.object(torch.Tensor, "new_empty", new_empty),

@@ -9,13 +9,14 @@ import faulthandler
 import multiprocessing
 import os
 import re
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib import import_module, invalidate_caches
+from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -25,8 +26,10 @@ from unittest.mock import patch
 from fivefold.kernels import op as ways
 from fivefold.kernels.samples import OpSamples
 
-# A mutant that runs longer than this (seconds) loops for ever: it was noticed.
+# A mutant that computes longer than this (seconds) loops for ever: it was noticed.
 _PATIENCE = 60.0
+# The same of one that waits, on a machine that has much else to do.
+_LONGEST_WAIT = 20 * _PATIENCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,7 @@ class Mutant:
     """One change of a source file.
 
     Attributes:
+        file: the file's name.
         function: the kernel it is in, empty in C++.
         line: its line, from 1.
         kind: "sign", "bound" or "mask".
@@ -42,6 +46,7 @@ class Mutant:
         source: the whole file with the change.
     """
 
+    file: str
     function: str
     line: int
     kind: str
@@ -50,20 +55,21 @@ class Mutant:
     source: str
 
     def __str__(self) -> str:
-        return f"line {self.line} {self.function}: {self.before!r} became {self.after!r}"
+        place = f"{self.file} line {self.line} {self.function}".strip()
+        return f"{place}: {self.before!r} became {self.after!r}"
 
 
-def triton_mutants(source: str) -> Iterator[Mutant]:
+def triton_mutants(source: str, file: str = "triton.py") -> Iterator[Mutant]:
     """Every change of one place in the ``triton.jit`` functions of a file."""
     tree = ast.parse(source)
     for function in ast.walk(tree):
         if isinstance(function, ast.FunctionDef) and _is_kernel(function):
             for node in ast.walk(function):
                 for kind, target, after in _changes(node, source):
-                    yield _replace(source, function.name, kind, target, after)
+                    yield _replace(source, file, function.name, kind, target, after)
 
 
-def cpp_mutants(source: str) -> Iterator[Mutant]:
+def cpp_mutants(source: str, file: str = "cpu.cpp") -> Iterator[Mutant]:
     """Every plus and minus between spaces of a C++ file, turned round."""
     opposite = {" + ": " - ", " - ": " + ", " += ": " -= ", " -= ": " += "}
     for found in re.finditer(r" (\+|-|\+=|-=) ", source):
@@ -73,7 +79,8 @@ def cpp_mutants(source: str) -> Iterator[Mutant]:
         after = opposite[found.group()]
         changed = source[: found.start()] + after + source[found.end() :]
         line = source.count("\n", 0, found.start()) + 1
-        yield Mutant("", line, "sign", source[line_start:].split("\n")[0].strip(), after, changed)
+        before = source[line_start:].split("\n")[0].strip()
+        yield Mutant(file, "", line, "sign", before, after, changed)
 
 
 def folder_of(op: OpSamples) -> str:
@@ -82,24 +89,27 @@ def folder_of(op: OpSamples) -> str:
 
 
 def mutants_of(folder: str, backend: str) -> list[Mutant]:
-    """All mutants of the file that an op has for a backend; none where it has no kernel of its own.
+    """All mutants of an op's files for a backend; none where it has no kernel of its own.
+
+    Those are all files of C++ or all files with ``triton.jit`` functions in the op's folder.
 
     Args:
         folder: the op's package, such as ``fivefold.kernels.ops.rms_norm``.
-        backend: whose file, "triton" or "cpu".
+        backend: whose files, "triton" or "cpu".
     """
-    path = _path(folder) / {"cpu": "cpu.cpp", "triton": "triton.py"}[backend]
-    if not path.is_file():
-        return []
-    make = cpp_mutants if backend == "cpu" else triton_mutants
-    return list(make(path.read_text()))
+    endings, make = {
+        "cpu": ((".cpp", ".h"), cpp_mutants),
+        "triton": ((".py",), triton_mutants),
+    }[backend]
+    files = sorted(path for path in _path(folder).iterdir() if path.suffix in endings)
+    return [mutant for path in files for mutant in make(path.read_text(), path.name)]
 
 
 def a_few(mutants: list[Mutant]) -> list[Mutant]:
     """The middle one of each kind in each function: enough to show that tests would notice."""
-    groups: dict[tuple[str, str], list[Mutant]] = {}
+    groups: dict[tuple[str, ...], list[Mutant]] = {}
     for mutant in mutants:
-        groups.setdefault((mutant.function, mutant.kind), []).append(mutant)
+        groups.setdefault((mutant.file, mutant.function, mutant.kind), []).append(mutant)
     return [group[len(group) // 2] for group in groups.values()]
 
 
@@ -115,7 +125,7 @@ def survives(folder: str, backend: str, mutant: Mutant, check: Callable[[], Any]
     context = multiprocessing.get_context("fork")
     child = context.Process(target=partial(_run, folder, backend, mutant, check))
     child.start()
-    child.join(_PATIENCE)
+    child.join(_LONGEST_WAIT)
     if child.is_alive():
         child.kill()
         child.join()
@@ -125,6 +135,9 @@ def survives(folder: str, backend: str, mutant: Mutant, check: Callable[[], Any]
 
 def _run(folder: str, backend: str, mutant: Mutant, check: Callable[[], Any]) -> None:
     faulthandler.disable()
+    # Of the processor's time, which does not depend on what else runs.
+    patience = ceil(_PATIENCE)
+    resource.setrlimit(resource.RLIMIT_CPU, (patience, patience))
     # No traceback, no words of a compiler or allocator: that a mutant fails is what should happen.
     with Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
@@ -139,7 +152,11 @@ def _run(folder: str, backend: str, mutant: Mutant, check: Callable[[], Any]) ->
 @contextmanager
 def replaced(folder: str, backend: str, mutant: Mutant, scratch: Path) -> Iterator[None]:
     """Within it, the ops of a folder run the mutant on a backend."""
-    module = _load(folder, backend, mutant, scratch)
+    for path in _path(folder).iterdir():
+        if path.suffix in (".py", ".cpp", ".h"):
+            (scratch / path.name).write_text(path.read_text())
+    (scratch / mutant.file).write_text(mutant.source)
+    module = _from_copy(folder, backend, scratch)
     implementation = ways._implementation
 
     def choose(of: str, named: str, name: str) -> Callable[..., Any]:
@@ -150,19 +167,26 @@ def replaced(folder: str, backend: str, mutant: Mutant, scratch: Path) -> Iterat
         yield
 
 
-def _load(folder: str, backend: str, mutant: Mutant, scratch: Path) -> ModuleType:
-    """The backend's Python file from a copy that has the mutant in it or beside it."""
-    original = _path(folder)
-    for path in original.iterdir():
-        if path.suffix in (".py", ".cpp", ".h"):
-            (scratch / path.name).write_text(path.read_text())
-    (scratch / ("cpu.cpp" if backend == "cpu" else "triton.py")).write_text(mutant.source)
-    spec = spec_from_file_location(f"{folder}.{backend}", scratch / f"{backend}.py")
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{folder} has no {backend}.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
+def _from_copy(folder: str, backend: str, scratch: Path) -> ModuleType:
+    """The backend's module, and the kernels that it imports from beside it, from a copy."""
+    package = import_module(folder)
+    stems = {path.stem for path in scratch.glob("*.py") if "triton.jit" in path.read_text()}
+    originals = {stem: _forget(package, stem) for stem in stems | {backend}}
+    invalidate_caches()
+    with patch.object(package, "__path__", [str(scratch)]):
+        module = import_module(f"{folder}.{backend}")
+    for stem, original in originals.items():
+        _forget(package, stem)
+        if original is not None:
+            sys.modules[f"{folder}.{stem}"] = original
+            setattr(package, stem, original)
     return module
+
+
+def _forget(package: ModuleType, stem: str) -> ModuleType | None:
+    """Take a module out of its package, so that it is imported again; returns it."""
+    package.__dict__.pop(stem, None)
+    return sys.modules.pop(f"{package.__name__}.{stem}", None)
 
 
 def _path(folder: str) -> Path:
@@ -204,7 +228,7 @@ def _without_masks(node: ast.Call, source: str) -> Iterator[tuple[str, ast.AST, 
         yield "mask", mask, f"(({text}) == ({text}))"
 
 
-def _replace(source: str, function: str, kind: str, node: Any, after: str) -> Mutant:
+def _replace(source: str, file: str, function: str, kind: str, node: Any, after: str) -> Mutant:
     lines = source.splitlines(keepends=True)
     starts = [0]
     for line in lines:
@@ -214,4 +238,4 @@ def _replace(source: str, function: str, kind: str, node: Any, after: str) -> Mu
     # One line, so that what follows keeps its place; brackets make that legal.
     after = " ".join(after.split())
     changed = source[:start] + after + source[stop:]
-    return Mutant(function, node.lineno, kind, source[start:stop], after, changed)
+    return Mutant(file, function, node.lineno, kind, source[start:stop], after, changed)

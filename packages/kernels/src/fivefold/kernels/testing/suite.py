@@ -42,7 +42,7 @@ def op_tests(op: OpSamples, *, ops: tuple[Op, ...]) -> type:
 
     folder = folder_of(op)
     mutants = [
-        pytest.param((backend, mutant), id=f"{backend}-{mutant.function}-{mutant.kind}")
+        pytest.param((backend, mutant), id=_place(backend, mutant))
         for backend in breakable
         for mutant in a_few(mutants_of(folder, backend))
     ]
@@ -83,6 +83,11 @@ def op_tests(op: OpSamples, *, ops: tuple[Op, ...]) -> type:
         del Tests.test_notices_a_broken_kernel
     Tests.__name__ = Tests.__qualname__ = f"Test{op.name}"
     return Tests
+
+
+def _place(backend: str, mutant: Mutant) -> str:
+    """Of a mutant: C++ is told by the file, as its functions are not."""
+    return f"{backend}-{mutant.function or mutant.file}-{mutant.kind}"
 
 
 def _short(dtype: torch.dtype) -> Any:

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fivefold.kernels.backends import interpreting
 from fivefold.kernels.launch import launch
 from fivefold.kernels.sizes import next_power_of_2
 from fivefold.kernels.triton_parts import accumulator, sigmoid
@@ -19,7 +20,8 @@ def conv_update_step(
     """``state`` to the next one, in place; returns the result (B, K)."""
     batch, num_channels = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    channels = min(1024, next_power_of_2(num_channels))
+    # Small tiles in the interpreter, so that small tensors have several.
+    channels = min(32 if interpreting() else 1024, next_power_of_2(num_channels))
     launch(
         _step_kernel,
         (batch, triton.cdiv(num_channels, channels)),
@@ -47,7 +49,7 @@ def _move(y, state_at, weight_at, inside, row, COMPUTE: tl.constexpr, TAPS: tl.c
         kept = tl.load(state_at + tap * row, mask=inside, other=0)
         y += kept.to(COMPUTE) * tl.load(weight_at + tap, mask=inside, other=0).to(COMPUTE)
         if tap > 0:
-            tl.store(state_at + (tap - 1) * row, kept, inside)
+            tl.store(state_at + (tap - 1) * row, kept, mask=inside)
     return y
 
 

@@ -65,8 +65,14 @@ def ssd_scan(
     >>> ssd_scan(ones, ones[..., 0], torch.zeros(1), ones, ones).flatten()
     tensor([1., 2., 3.])
     """
-    options = (dt_softplus, dt_limit, initial_state, seq_ids, chunk_size, backend)
-    y, final_state = op.apply(x, dt, A, B, C, D, z, dt_bias, *options)
+    inputs = op.Inputs(
+        *(x, dt, A, B, C, D, dt_bias, initial_state),
+        dt_softplus=dt_softplus,
+        dt_min=float(dt_limit[0]),
+        dt_max=float(dt_limit[1]),
+        chunk_size=op.chunk_of(chunk_size),
+    )
+    y, final_state = op.apply(inputs, z, seq_ids, backend)
     if z is not None:
         wide = final_state.dtype
         y = (y.to(wide) * F.silu(z.to(wide))).to(x.dtype)

@@ -10,12 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fivefold.hybrid_ssm.ops.ssd_scan.op import wide
-from fivefold.hybrid_ssm.ops.ssd_scan.reference import (
-    Gradients,
-    step_sizes,
-    step_sizes_backward,
-)
+from fivefold.hybrid_ssm.ops.ssd_scan.op import Arguments, Gradients, Inputs, wide
+from fivefold.hybrid_ssm.ops.ssd_scan.reference import step_sizes, step_sizes_backward
 from fivefold.kernels import native
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -31,41 +27,28 @@ def refuses(name: str, *inputs: object) -> str | None:
     return native.refusal(SOURCE)
 
 
-def ssd_scan_forward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    documents: Tensor | None,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
+def ssd_scan_forward(*inputs: *Arguments) -> tuple[Tensor, Tensor]:
     """The result (B, S, H, P) and the final state (B, H, P, N)."""
-    compute = wide(x.dtype)
-    x, B, C = (_rows(each, compute) for each in (x, B, C))
+    given = Inputs(*inputs)
+    compute = wide(given.x.dtype)
+    x, B, C = (_rows(each, compute) for each in (given.x, given.B, given.C))
     batch, _, num_heads, head_dim = x.shape
     y = torch.empty(x.shape, dtype=x.dtype)
     final_state = torch.empty((batch, num_heads, head_dim, B.shape[3]), dtype=compute)
-    steps = step_sizes(dt, dt_bias, dt_softplus, dt_min, dt_max, compute)
+    steps = step_sizes(given.dt, given.dt_bias, given.limits, compute)
     native.call(
         native.load(SOURCE).ssd_scan_forward,
         compute == torch.float64,
-        _sizes(x, B, chunk_size),
+        _sizes(x, B, given.chunk_size),
         *_layouts(x, B, C),
         x,
         steps.contiguous(),
-        _plain(A, compute),
+        _plain(given.A, compute),
         B,
         C,
-        _plain(D, compute),
-        _plain(initial_state, compute),
-        None if documents is None else documents.contiguous(),
+        _plain(given.D, compute),
+        _plain(given.initial_state, compute),
+        None if given.documents is None else given.documents.contiguous(),
         y,
         final_state,
         torch.get_num_threads(),
@@ -73,32 +56,16 @@ def ssd_scan_forward(
     return y, final_state
 
 
-def ssd_scan_backward(
-    dy: Tensor,
-    dfinal_state: Tensor | None,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    documents: Tensor | None,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-    chunk_size: int,
-) -> Gradients:
+def ssd_scan_backward(dy: Tensor, dfinal_state: Tensor | None, *inputs: *Arguments) -> Gradients:
     """Gradients of ``x`` to ``initial_state``; empty (0,) where absent."""
-    compute = wide(x.dtype)
-    x_dtype, B_dtype, C_dtype = x.dtype, B.dtype, C.dtype
-    dy, x, B, C = (_rows(each, compute) for each in (dy, x, B, C))
+    given = Inputs(*inputs)
+    compute, D, initial_state = wide(given.x.dtype), given.D, given.initial_state
+    dy, x, B, C = (_rows(each, compute) for each in (dy, given.x, given.B, given.C))
     batch, num_tokens, num_heads, _ = x.shape
-    sizes = _sizes(x, B, chunk_size)
+    sizes = _sizes(x, B, given.chunk_size)
     blocks = -(-num_heads // B.shape[2] // int(sizes[7]))
-    steps = step_sizes(dt, dt_bias, dt_softplus, dt_min, dt_max, compute)
-    dx = torch.empty(x.shape, dtype=x_dtype)
+    steps = step_sizes(given.dt, given.dt_bias, given.limits, compute)
+    dx = torch.empty(x.shape, dtype=given.x.dtype)
     dsteps = torch.empty((batch, num_tokens, num_heads), dtype=compute)
     # Not views of common memory: results of an op may not be.
     dA_bh, dD_bh = (torch.empty((batch, num_heads), dtype=compute) for _ in range(2))
@@ -113,12 +80,12 @@ def ssd_scan_backward(
         _plain(dfinal_state, compute),
         x,
         steps.contiguous(),
-        _plain(A, compute),
+        _plain(given.A, compute),
         B,
         C,
-        _plain(D, compute),
-        _plain(initial_state, compute),
-        None if documents is None else documents.contiguous(),
+        _plain(given.D, compute),
+        _plain(given.initial_state, compute),
+        None if given.documents is None else given.documents.contiguous(),
         dx,
         dsteps,
         dA_bh,
@@ -128,13 +95,13 @@ def ssd_scan_backward(
         dinitial,
         torch.get_num_threads(),
     )
-    ddt, ddt_bias = step_sizes_backward(dsteps, dt, dt_bias, dt_softplus, dt_min, dt_max)
+    ddt, ddt_bias = step_sizes_backward(dsteps, given.dt, given.dt_bias, given.limits)
     return (
         dx,
         ddt,
-        dA_bh.sum(0).to(A.dtype),
-        _total(dB).to(B_dtype),
-        _total(dC).to(C_dtype),
+        dA_bh.sum(0).to(given.A.dtype),
+        _total(dB).to(given.B.dtype),
+        _total(dC).to(given.C.dtype),
         x.new_empty(0) if D is None else dD_bh.sum(0).to(D.dtype),
         ddt_bias,
         x.new_empty(0)

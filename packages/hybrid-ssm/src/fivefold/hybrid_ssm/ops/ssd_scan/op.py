@@ -3,9 +3,10 @@
 Legend: B batch, S tokens, H heads, P values in a head, G groups, N values of state.
 """
 
-# ruff: noqa: N803 - the paper's names A, B, C and D
+# ruff: noqa: N803, N806 - the paper's names A, B, C and D
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,63 @@ from fivefold.hybrid_ssm.ops.documents import count_documents
 from fivefold.kernels.op import define
 
 BACKENDS = ("triton", "cpu", "mamba", "reference")
+
+# The inputs of the forward pass, which are the last of the backward pass, as backends take them.
+Arguments = tuple[
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    bool,
+    float,
+    float,
+    int,
+]
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class Inputs(NamedTuple):
+    """``Arguments`` by name.
+
+    Attributes:
+        x: (B, S, H, P).
+        dt: (B, S, H).
+        A: (H,).
+        B: (B, S, G, N).
+        C: like B.
+        D: (H,) or None.
+        dt_bias: (H,) or None.
+        initial_state: (B, H, P, N) or None.
+        documents: (B, S) int32, counts the documents of each sequence from 0; None for one.
+        dt_softplus: whether step sizes go through softplus.
+        dt_min: least step size.
+        dt_max: greatest.
+        chunk_size: tokens to take together; 0 leaves the choice to the backend.
+    """
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None = None
+    dt_bias: Tensor | None = None
+    initial_state: Tensor | None = None
+    documents: Tensor | None = None
+    dt_softplus: bool = False
+    dt_min: float = 0.0
+    dt_max: float = math.inf
+    chunk_size: int = 0
+
+    @property
+    def limits(self) -> tuple[bool, float, float]:
+        """Softplus or not, least and greatest step size."""
+        return self.dt_softplus, self.dt_min, self.dt_max
 
 
 @define("fivefold_hybrid_ssm", backends=BACKENDS)
@@ -35,11 +93,7 @@ def ssd_scan_forward(
     chunk_size: int,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """See ``ssd_scan``: the result (B, S, H, P) and the final state (B, H, P, N).
-
-    ``documents`` (B, S) int32 counts the documents of each sequence from 0. ``chunk_size`` 0 leaves
-    the choice to the backend.
-    """
+    """See ``Inputs``: the result (B, S, H, P) and the final state (B, H, P, N)."""
     batch, _, num_heads, head_dim = x.shape
     return (
         x.new_empty(x.shape),
@@ -65,7 +119,7 @@ def ssd_scan_backward(
     dt_max: float,
     chunk_size: int,
     backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Gradients:
     """Gradients of ``x`` to ``initial_state``, empty (0,) where absent."""
     return (
         x.new_empty(x.shape),
@@ -108,45 +162,29 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def chunk_of(chunk_size: int | None) -> int:
+    """What backends are asked for: 0 for what is fastest.
+
+    Raises:
+        HybridInputError: it is less than 1.
+    """
+    if chunk_size is not None and chunk_size < 1:
+        raise HybridInputError(f"ssd_scan takes a chunk_size of at least 1, found {chunk_size}")
+    return chunk_size or 0
+
+
 def apply(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_limit: tuple[float, float],
-    initial_state: Tensor | None,
-    seq_ids: Tensor | None,
-    chunk_size: int | None,
-    backend: str | None,
+    inputs: Inputs, z: Tensor | None, seq_ids: Tensor | None, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    """See ``ssd_scan``: check and run; ``z`` is only looked at."""
-    check(x, dt, A, B, C, D, z, dt_bias, dt_limit, initial_state, seq_ids, chunk_size)
+    """See ``ssd_scan``: check and run inputs without documents; ``z`` is only looked at."""
+    check(inputs, z, seq_ids)
     documents = None if seq_ids is None else count_documents(seq_ids)
-    tensors = (x, dt, A, B, C, D, dt_bias, initial_state, documents)
-    options = (dt_softplus, float(dt_limit[0]), float(dt_limit[1]), chunk_size or 0)
-    return ssd_scan_forward(*tensors, *options, backend)
+    return ssd_scan_forward(*inputs._replace(documents=documents), backend)
 
 
-def check(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_limit: tuple[float, float],
-    initial_state: Tensor | None,
-    seq_ids: Tensor | None,
-    chunk_size: int | None,
-) -> None:
+def check(inputs: Inputs, z: Tensor | None, seq_ids: Tensor | None) -> None:
     """Raise ``HybridInputError`` unless the inputs fit together."""
+    x, B = inputs.x, inputs.B
     if x.dim() != 4 or not x.is_floating_point():
         raise HybridInputError(
             f"ssd_scan takes floating-point x (batch, tokens, heads, head_dim), found {x.dtype} "
@@ -160,17 +198,15 @@ def check(
         )
     tokens, heads = (batch, num_tokens), (num_heads,)
     wanted = (
-        ("dt", dt, (*tokens, num_heads)),
-        ("A", A, heads),
-        ("C", C, tuple(B.shape)),
-        ("D", D, heads),
+        ("dt", inputs.dt, (*tokens, num_heads)),
+        ("A", inputs.A, heads),
+        ("C", inputs.C, tuple(B.shape)),
+        ("D", inputs.D, heads),
         ("z", z, tuple(x.shape)),
-        ("dt_bias", dt_bias, heads),
-        ("initial_state", initial_state, (batch, num_heads, head_dim, B.shape[3])),
+        ("dt_bias", inputs.dt_bias, heads),
+        ("initial_state", inputs.initial_state, (batch, num_heads, head_dim, B.shape[3])),
         ("seq_ids", seq_ids, tokens),
     )
     check_shapes("ssd_scan", x, wanted)
-    check_limits("ssd_scan", dt_limit)
+    check_limits("ssd_scan", (inputs.dt_min, inputs.dt_max))
     check_ids("ssd_scan", seq_ids)
-    if chunk_size is not None and chunk_size < 1:
-        raise HybridInputError(f"ssd_scan takes a chunk_size of at least 1, found {chunk_size}")

@@ -9,33 +9,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fivefold.hybrid_ssm.ops.ssd_scan.op import Arguments, Gradients, Inputs
+
 # States that the gradient keeps are this many tokens apart; those between are computed again.
 _KEPT_EVERY = 64
 
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+# Whether there is softplus, least and greatest step size.
+Limits = tuple[bool, float, float]
 
 
-def ssd_scan_forward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    documents: Tensor | None,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
+def ssd_scan_forward(*inputs: *Arguments) -> tuple[Tensor, Tensor]:
     """The result (B, S, H, P) and the final state (B, H, P, N)."""
-    x_bshp, C_bsgn = _wide(x), _wide(C)
-    dt_bsh = step_sizes(dt, dt_bias, dt_softplus, dt_min, dt_max, x_bshp.dtype)
+    given = Inputs(*inputs)
+    x, A, B, D, documents = given.x, given.A, given.B, given.D, given.documents
+    x_bshp, C_bsgn = _wide(x), _wide(given.C)
+    dt_bsh = step_sizes(given.dt, given.dt_bias, given.limits, x_bshp.dtype)
     decay_bsh = _decays(dt_bsh, A, documents)
     heads_in_group = x.shape[2] // B.shape[2]
-    state_bhpn = _first_state(x_bshp, B, initial_state)
+    state_bhpn = _first_state(x_bshp, B, given.initial_state)
     results = []
     for t in range(x.shape[1]):
         state_bhpn = _step(state_bhpn, t, decay_bsh, dt_bsh, x_bshp, B)
@@ -48,27 +39,13 @@ def ssd_scan_forward(
     return y_bshp.to(x.dtype, copy=not results), state_bhpn.clone()
 
 
-def ssd_scan_backward(
-    dy: Tensor,
-    dfinal_state: Tensor | None,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    documents: Tensor | None,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-    chunk_size: int,
-) -> Gradients:
+def ssd_scan_backward(dy: Tensor, dfinal_state: Tensor | None, *inputs: *Arguments) -> Gradients:
     """Gradients of ``x`` to ``initial_state``; empty (0,) where absent."""
+    given = Inputs(*inputs)
+    x, _, A, B, C, D, _, initial_state, documents, *_ = given
     x_bshp, dy_bshp, B_bsgn, C_bsgn = _wide(x), _wide(dy), _wide(B), _wide(C)
     compute = x_bshp.dtype
-    dt_bsh = step_sizes(dt, dt_bias, dt_softplus, dt_min, dt_max, compute)
+    dt_bsh = step_sizes(given.dt, given.dt_bias, given.limits, compute)
     decay_bsh = _decays(dt_bsh, A, documents)
     heads_in_group = x.shape[2] // B.shape[2]
     kept = _kept_states(x_bshp, B, initial_state, decay_bsh, dt_bsh)
@@ -103,7 +80,7 @@ def ssd_scan_backward(
     if D is not None:
         dD = (dy_bshp * x_bshp).sum((0, 1, 3)).to(D.dtype)
         dx_bshp += dy_bshp * _wide(D, compute).unsqueeze(-1)
-    ddt, ddt_bias = step_sizes_backward(ddt_bsh, dt, dt_bias, dt_softplus, dt_min, dt_max)
+    ddt, ddt_bias = step_sizes_backward(ddt_bsh, given.dt, given.dt_bias, given.limits)
     dinitial = x.new_empty(0) if initial_state is None else dstate.to(initial_state.dtype)
     return (
         dx_bshp.to(x.dtype),
@@ -117,28 +94,18 @@ def ssd_scan_backward(
     )
 
 
-def step_sizes(
-    dt: Tensor,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-    compute: torch.dtype,
-) -> Tensor:
+def step_sizes(dt: Tensor, dt_bias: Tensor | None, limits: Limits, compute: torch.dtype) -> Tensor:
     """What the recurrence calls dt: with bias, softplus and limits, like ``dt``."""
-    return torch.clamp(_softened(dt, dt_bias, dt_softplus, compute), dt_min, dt_max)
+    softplus, least, greatest = limits
+    return torch.clamp(_softened(dt, dt_bias, softplus, compute), least, greatest)
 
 
 def step_sizes_backward(
-    dsteps: Tensor,
-    dt: Tensor,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
+    dsteps: Tensor, dt: Tensor, dt_bias: Tensor | None, limits: Limits
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``dt`` and ``dt_bias``, empty (0,) where absent, as autograd has them."""
     compute = dsteps.dtype
+    dt_softplus, dt_min, dt_max = limits
     before = _softened(dt, dt_bias, False, compute)
     after = F.softplus(before) if dt_softplus else before
     ddt = dsteps * ((after >= dt_min) & (after <= dt_max))

@@ -52,7 +52,9 @@ def state_update(
     >>> y.item(), state.item()
     (6.0, 2.0)
     """
-    return op.apply(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, backend)
+    limits = (float(dt_limit[0]), float(dt_limit[1]))
+    inputs = op.Inputs(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *limits)
+    return op.apply(inputs, backend)
 
 
 def state_update_(
@@ -75,4 +77,6 @@ def state_update_(
     Raises:
         HybridInputError: the tensors do not fit together, or one of them requires a gradient.
     """
-    return op.apply_(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, backend)
+    limits = (float(dt_limit[0]), float(dt_limit[1]))
+    inputs = op.Inputs(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *limits)
+    return op.apply_(inputs, backend)

@@ -3,56 +3,40 @@
 Legend: B batch, H heads, P values in a head, G groups, N values of state.
 """
 
-# ruff: noqa: N803 - the paper's names A, B, C and D
-
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fivefold.hybrid_ssm.ops.state_update.op import wide
+from fivefold.hybrid_ssm.ops.state_update.op import Arguments, Inputs, wide
 from fivefold.kernels import native
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
 
-def refuses(name: str, *inputs: object) -> str | None:
+def refuses(name: str, *inputs: Any) -> str | None:
     """A state that is coarser than what is computed in, unless that is float32."""
     state, x = inputs[:2]
-    assert isinstance(state, Tensor) and isinstance(x, Tensor)
     if state.dtype not in native.TYPES or wide(state.dtype) != wide(state.dtype, x.dtype):
         return f"its kernel computes as the state has it, here {state.dtype}, and x is {x.dtype}"
     return native.refusal(SOURCE)
 
 
-def state_update_step(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-) -> Tensor:
+def state_update_step(*inputs: *Arguments) -> Tensor:
     """``state`` to the next one, in place; returns the result (B, H, P)."""
-    compute = wide(state.dtype)
+    given = Inputs(*inputs)
+    state, x, compute = given.state, given.x, wide(given.state.dtype)
     dense = state.contiguous()
     y = torch.empty(x.shape, dtype=compute)
     native.call(
         native.load(SOURCE).state_update_step,
         native.TYPES[state.dtype],
         *x.shape,
-        *B.shape[1:],
+        *given.B.shape[1:],
         dense,
-        *(_plain(each, compute) for each in (x, dt, A, B, C, D, z, dt_bias)),
-        dt_softplus,
-        dt_min,
-        dt_max,
+        *(_plain(each, compute) for each in given.tensors[1:]),
+        *given.limits,
         y,
         torch.get_num_threads(),
     )

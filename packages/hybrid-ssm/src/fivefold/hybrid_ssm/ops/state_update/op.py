@@ -3,7 +3,10 @@
 Legend: B batch, H heads, P values in a head, G groups, N values of state.
 """
 
-# ruff: noqa: N803 - the paper's names A, B, C and D
+# ruff: noqa: N803, N806 - the paper's names A, B, C and D
+
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +22,64 @@ from fivefold.hybrid_ssm.ops.ssd_scan import ssd_scan
 from fivefold.kernels.op import define
 
 BACKENDS = ("triton", "cpu", "reference")
+
+# The inputs as backends take them.
+Arguments = tuple[
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    bool,
+    float,
+    float,
+]
+
+
+class Inputs(NamedTuple):
+    """``Arguments`` by name.
+
+    Attributes:
+        state: (B, H, P, N), which becomes the next one.
+        x: (B, H, P).
+        dt: (B, H).
+        A: (H,).
+        B: (B, G, N).
+        C: like B.
+        D: (H,) or None.
+        z: like x, or None.
+        dt_bias: (H,) or None.
+        dt_softplus: whether step sizes go through softplus.
+        dt_min: least step size.
+        dt_max: greatest.
+    """
+
+    state: Tensor
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None = None
+    z: Tensor | None = None
+    dt_bias: Tensor | None = None
+    dt_softplus: bool = False
+    dt_min: float = 0.0
+    dt_max: float = math.inf
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All tensors."""
+        return self[:9]
+
+    @property
+    def limits(self) -> tuple[bool, float, float]:
+        """Softplus or not, least and greatest step size."""
+        return self.dt_softplus, self.dt_min, self.dt_max
 
 
 @define("fivefold_hybrid_ssm", backends=BACKENDS, mutates=("state",))
@@ -41,27 +102,13 @@ def state_update_step(
     return x.new_empty(x.shape)
 
 
-def apply(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_limit: tuple[float, float],
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:
+def apply(inputs: Inputs, backend: str | None) -> tuple[Tensor, Tensor]:
     """See ``state_update``: in place on a copy, or the scan of one token for its gradients."""
-    check(state, x, dt, A, B, C, D, z, dt_bias, dt_limit)
-    if not wants_gradient(state, x, dt, A, B, C, D, z, dt_bias):
-        state = state.clone()
-        limits = (float(dt_limit[0]), float(dt_limit[1]))
-        y = state_update_step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *limits, backend)
-        return y, state
+    check(inputs)
+    if not wants_gradient(*inputs.tensors):
+        state = inputs.state.clone()
+        return state_update_step(*inputs._replace(state=state), backend), state
+    state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *_ = inputs
     found = ssd_scan(
         x.unsqueeze(1),
         dt.unsqueeze(1),
@@ -72,7 +119,7 @@ def apply(
         z=None if z is None else z.unsqueeze(1),
         dt_bias=dt_bias,
         dt_softplus=dt_softplus,
-        dt_limit=dt_limit,
+        dt_limit=inputs.limits[1:],
         initial_state=state,
         return_final_state=True,
         backend=backend,
@@ -80,40 +127,16 @@ def apply(
     return found[0].squeeze(1), found[1].to(state.dtype)
 
 
-def apply_(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_limit: tuple[float, float],
-    backend: str | None,
-) -> Tensor:
+def apply_(inputs: Inputs, backend: str | None) -> Tensor:
     """See ``state_update_``: check and run."""
-    check(state, x, dt, A, B, C, D, z, dt_bias, dt_limit)
-    check_no_gradient("state_update_", "state_update", state, x, dt, A, B, C, D, z, dt_bias)
-    limits = (float(dt_limit[0]), float(dt_limit[1]))
-    return state_update_step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *limits, backend)
+    check(inputs)
+    check_no_gradient("state_update_", "state_update", *inputs.tensors)
+    return state_update_step(*inputs, backend)
 
 
-def check(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_limit: tuple[float, float],
-) -> None:
+def check(inputs: Inputs) -> None:
     """Raise ``HybridInputError`` unless the inputs fit together."""
+    state, x, B = inputs.state, inputs.x, inputs.B
     if x.dim() != 3 or not x.is_floating_point():
         raise HybridInputError(
             f"state_update takes floating-point x (batch, heads, head_dim), found {x.dtype} of "
@@ -128,15 +151,15 @@ def check(
     heads = (num_heads,)
     wanted = (
         ("state", state, (batch, num_heads, head_dim, B.shape[2])),
-        ("dt", dt, (batch, num_heads)),
-        ("A", A, heads),
-        ("C", C, tuple(B.shape)),
-        ("D", D, heads),
-        ("z", z, tuple(x.shape)),
-        ("dt_bias", dt_bias, heads),
+        ("dt", inputs.dt, (batch, num_heads)),
+        ("A", inputs.A, heads),
+        ("C", inputs.C, tuple(B.shape)),
+        ("D", inputs.D, heads),
+        ("z", inputs.z, tuple(x.shape)),
+        ("dt_bias", inputs.dt_bias, heads),
     )
     check_shapes("state_update", x, wanted)
-    check_limits("state_update", dt_limit)
+    check_limits("state_update", inputs.limits[1:])
     if not state.is_floating_point():
         raise HybridInputError(f"state_update takes a floating-point state, found {state.dtype}")
 

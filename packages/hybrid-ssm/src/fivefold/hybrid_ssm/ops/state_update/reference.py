@@ -3,37 +3,26 @@
 Legend: B batch, H heads, P values in a head, G groups, N values of state.
 """
 
-# ruff: noqa: N803, N806 - the paper's names A, B, C and D
+# ruff: noqa: N806 - the paper's names A, B, C and D
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fivefold.hybrid_ssm.ops.ssd_scan.reference import step_sizes
-from fivefold.hybrid_ssm.ops.state_update.op import wide
+from fivefold.hybrid_ssm.ops.state_update.op import Arguments, Inputs, wide
 
 
-def state_update_step(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-) -> Tensor:
+def state_update_step(*inputs: *Arguments) -> Tensor:
     """``state`` to the next one, in place; returns the result (B, H, P)."""
+    given = Inputs(*inputs)
+    state, x, B, D, z = given.state, given.x, given.B, given.D, given.z
     compute = wide(state.dtype, x.dtype)
     x_bhp, heads_in_group = x.to(compute), x.shape[1] // B.shape[1]
-    dt_bh = step_sizes(dt, dt_bias, dt_softplus, dt_min, dt_max, compute)
-    decay_bh = torch.exp(dt_bh * A.to(compute))
+    dt_bh = step_sizes(given.dt, given.dt_bias, given.limits, compute)
+    decay_bh = torch.exp(dt_bh * given.A.to(compute))
     B_bhn = B.to(compute).repeat_interleave(heads_in_group, 1)
-    C_bhn = C.to(compute).repeat_interleave(heads_in_group, 1)
+    C_bhn = given.C.to(compute).repeat_interleave(heads_in_group, 1)
     input_bhp = dt_bh.unsqueeze(-1) * x_bhp
     state_bhpn = decay_bh[..., None, None] * state.to(compute)
     state_bhpn = state_bhpn + input_bhp.unsqueeze(-1) * B_bhn.unsqueeze(2)

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fivefold.hybrid_ssm.ops.ssd_scan.triton import clamped, softened
-from fivefold.hybrid_ssm.ops.state_update.op import wide
+from fivefold.hybrid_ssm.ops.ssd_scan.triton_parts import clamped, softened
+from fivefold.hybrid_ssm.ops.state_update.op import Arguments, Inputs, wide
 from fivefold.kernels.launch import launch
 from fivefold.kernels.sizes import next_power_of_2
 from fivefold.kernels.triton_parts import accumulator, sigmoid
@@ -18,45 +18,32 @@ from fivefold.kernels.triton_parts import accumulator, sigmoid
 _TILE = 4096
 
 
-def state_update_step(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-) -> Tensor:
+def state_update_step(*inputs: *Arguments) -> Tensor:
     """``state`` to the next one, in place; returns the result (B, H, P)."""
+    given = Inputs(*inputs)
+    state, x = given.state, given.x
     batch, num_heads, head_dim = x.shape
-    num_groups, width = B.shape[1:]
+    num_groups, width = given.B.shape[1:]
     dense = state.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     columns = next_power_of_2(width)
     rows = max(1, min(next_power_of_2(head_dim), _TILE // columns))
-    vectors = (None if each is None else each.contiguous() for each in (x, dt, A, B, C, D, z))
+    vectors = (None if each is None else each.contiguous() for each in given.tensors[1:])
     launch(
         _step_kernel,
         (batch * num_heads, triton.cdiv(head_dim, rows)),
         dense,
         *vectors,
-        None if dt_bias is None else dt_bias.contiguous(),
         y,
         num_heads,
         num_heads // num_groups,
         head_dim,
         width,
-        dt_min,
-        dt_max,
-        HAS_D=D is not None,
-        HAS_Z=z is not None,
-        HAS_BIAS=dt_bias is not None,
-        SOFTPLUS=dt_softplus,
+        *given.limits[1:],
+        HAS_D=given.D is not None,
+        HAS_Z=given.z is not None,
+        HAS_BIAS=given.dt_bias is not None,
+        SOFTPLUS=given.dt_softplus,
         COMPUTE=accumulator(wide(state.dtype, x.dtype)),
         ROWS=rows,
         COLS=columns,

@@ -1,6 +1,7 @@
-"""How the kernels of ``attention`` cut their work: sizes of tiles by width and dtype.
+"""How the kernels of ``attention`` cut their work: sizes of tiles by width, dtype and tensor cores.
 
-Chosen so that nothing spills and the shared memory of an H100's multiprocessor holds the stages.
+Chosen so that nothing spills and shared memory holds the stages. Where tensor cores take operands
+from registers, those leave less room for sums than on a Hopper.
 """
 
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from math import ceil, prod
 
 import torch
 
+from fivefold.kernels.launch import TensorCores
 from fivefold.kernels.sizes import next_power_of_2
 
 WIDEST = 256
@@ -55,20 +57,20 @@ class Walk:
         return dict(zip(("SUM_HEADS", "SUM_QUERIES", "SUM_KEYS"), self.sums, strict=True))
 
 
-def forward(num_queries: int, width: int, dtype: torch.dtype) -> Tile:
+def forward(num_queries: int, width: int, dtype: torch.dtype, cores: TensorCores) -> Tile:
     """Of the kernel that makes results."""
     if dtype.itemsize > 2:
         tile = Tile(64 if width <= 32 else 32 if width <= 64 else 16, 32, 4, 2)
     elif width > 128:
         tile = Tile(128, 32, 8, 2)
-    elif width > 64:
+    elif width > 64 or (width > 32 and cores is TensorCores.REGISTERS):
         tile = Tile(128, 64, 8, 3)
     else:
         tile = Tile(128, 64, 4, 3)
     return _no_more_queries(tile, num_queries)
 
 
-def dquery(num_queries: int, width: int, dtype: torch.dtype) -> Tile:
+def dquery(num_queries: int, width: int, dtype: torch.dtype, cores: TensorCores) -> Tile:
     """Of the kernel that makes the gradient of queries."""
     if dtype.itemsize > 2:
         narrow = 32 if width <= 32 else 16
@@ -76,22 +78,23 @@ def dquery(num_queries: int, width: int, dtype: torch.dtype) -> Tile:
     elif width > 128:
         tile = Tile(64, 32, 8, 2)
     elif width > 64:
-        tile = Tile(128, 64, 8, 2)
+        tile = Tile(128, 32 if cores is TensorCores.REGISTERS else 64, 8, 2)
     else:
         tile = Tile(128, 64, 8, 3)
     return _no_more_queries(tile, num_queries)
 
 
-def dkey(num_keys: int, width: int, dtype: torch.dtype) -> Tile:
+def dkey(num_keys: int, width: int, dtype: torch.dtype, cores: TensorCores) -> Tile:
     """Of the kernel that makes the gradients of keys and values."""
+    in_registers = cores is TensorCores.REGISTERS
     if dtype.itemsize > 2:
         tile = Tile(32 if width <= 32 else 16, 32 if width <= 64 else 16, 4, 1)
     elif width > 128:
         tile = Tile(32, 32, 8, 2)
     elif width > 64:
-        tile = Tile(32, 128, 8, 2)
+        tile = Tile(64, 64, 8, 2) if in_registers else Tile(32, 128, 8, 2)
     else:
-        tile = Tile(64, 128, 8, 3)
+        tile = Tile(32 if in_registers else 64, 128, 8, 3)
     fewer = max(16, min(tile.keys, next_power_of_2(num_keys)))
     return Tile(tile.queries, fewer, tile.num_warps, tile.num_stages)
 

@@ -6,13 +6,15 @@ the summed dim innermost. Sums of gradients leave the tensor cores often, as in 
 Legend: M rows of the input, K its width, N width of the result.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fivefold.kernels.backends import interpreting
-from fivefold.kernels.launch import launch
+from fivefold.kernels.launch import launch, tensor_cores
 from fivefold.kernels.ops.fp8_quantize import triton as quantize
 from fivefold.kernels.ops.grouped_mm.triton import place, tile_of
 from fivefold.kernels.triton_parts import dot
@@ -23,10 +25,9 @@ _E4M3 = torch.float8_e4m3fn
 _INTERPRETED, _NAN = tl.constexpr(interpreting()), tl.constexpr(0x7F)
 
 
-def refuses(name: str, *inputs: object) -> str | None:
+def refuses(name: str, *inputs: Any) -> str | None:
     """GPUs without float8, and float64."""
     x = inputs[0]
-    assert isinstance(x, Tensor)
     if x.dtype == torch.float64:
         return "its kernel sums in float32, which is too coarse for torch.float64"
     return quantize.refuses(name, x)
@@ -74,7 +75,7 @@ def _mm(
     """``a @ b.T`` of float8 values, divided by both scales; fast sums are a little coarser."""
     (height, inner), width = a.shape, b.shape[0]
     out = torch.empty((height, width), dtype=dtype, device=a.device)
-    tile = tile_of(height, width, a.dtype, num_sums=1 if fast else 2)
+    tile = tile_of(height, width, a.dtype, tensor_cores(a), num_sums=1 if fast else 2)
     launch(
         _mm_kernel,
         (triton.cdiv(height, tile["ROWS"]) * triton.cdiv(width, tile["COLS"]),),

@@ -6,21 +6,22 @@ device, so every program counts them, and walks over its share.
 Legend: T the ragged dim, E groups, K and M and N the others.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fivefold.kernels.backends import interpreting
-from fivefold.kernels.launch import launch, num_sms
+from fivefold.kernels.launch import TensorCores, launch, num_sms, tensor_cores
 from fivefold.kernels.sizes import next_power_of_2
 from fivefold.kernels.triton_parts import dot, float32_precision
 
 
-def refuses(name: str, *inputs: object) -> str | None:
+def refuses(name: str, *inputs: Any) -> str | None:
     """Dtypes that tensor cores do not take."""
     mat_a, mat_b = inputs[:2]
-    assert isinstance(mat_a, Tensor) and isinstance(mat_b, Tensor)
     if torch.float64 in (mat_a.dtype, mat_b.dtype) and not interpreting():
         return "its kernel has no float64 outside Triton's interpreter"
     if name != "grouped_mm_scaled":
@@ -56,7 +57,7 @@ def grouped_outer(mat_a: Tensor, mat_b: Tensor, offs: Tensor, out_dtype: torch.d
     mat_a, mat_b = _strided(mat_a), _strided(mat_b)
     num_groups, height, width = offs.shape[0], mat_a.shape[0], mat_b.shape[1]
     out = torch.empty((num_groups, height, width), dtype=out_dtype, device=mat_a.device)
-    tile = tile_of(height, width, mat_a.dtype)
+    tile = tile_of(height, width, mat_a.dtype, tensor_cores(mat_a))
     tiles = triton.cdiv(height, tile["ROWS"]) * triton.cdiv(width, tile["COLS"])
     launch(
         _grouped_outer_kernel,
@@ -95,7 +96,8 @@ def _grouped_mm(
     num_rows, inner = mat_a.shape
     num_groups, _, width = mat_b.shape
     out = torch.empty((num_rows, width), dtype=out_dtype, device=mat_a.device)
-    tile = tile_of(num_rows // max(num_groups, 1), width, mat_a.dtype)
+    height = num_rows // max(num_groups, 1)
+    tile = tile_of(height, width, mat_a.dtype, tensor_cores(mat_a))
     # Every group may end with a tile that is not full.
     most_tiles = (num_rows // tile["ROWS"] + num_groups) * triton.cdiv(width, tile["COLS"])
     launch(
@@ -285,7 +287,9 @@ def _zero_after_kernel(
     tl.store(y_ptr + rows[:, None] * width + cols[None, :], zero, mask=inside)
 
 
-def tile_of(height: int, width: int, dtype: torch.dtype, num_sums: int = 1) -> dict[str, int]:
+def tile_of(
+    height: int, width: int, dtype: torch.dtype, cores: TensorCores, num_sums: int = 1
+) -> dict[str, int]:
     """Tile sizes and launch options of a matrix product.
 
     Small tiles in the interpreter, so that small tensors have several.
@@ -294,6 +298,7 @@ def tile_of(height: int, width: int, dtype: torch.dtype, num_sums: int = 1) -> d
         height: rows of the result, or of a usual group of them.
         width: columns of the result.
         dtype: of the operands.
+        cores: of the device.
         num_sums: of a tile, in registers at once.
 
     Returns:
@@ -308,7 +313,8 @@ def tile_of(height: int, width: int, dtype: torch.dtype, num_sums: int = 1) -> d
         return {"ROWS": 64, "COLS": 128, "num_warps": 8, "num_stages": 3} | shared
     if height <= 64:
         return {"ROWS": 64, "COLS": 128, "num_warps": 4, "num_stages": 4} | shared
-    if width <= 128 or num_sums > 1:
+    # Operands in registers leave no room for wider sums.
+    if width <= 128 or num_sums > 1 or cores is TensorCores.REGISTERS:
         return {"ROWS": 128, "COLS": 128, "num_warps": 8, "num_stages": 4} | shared
     return {"ROWS": 128, "COLS": 256, "num_warps": 8, "num_stages": 3} | shared
 
