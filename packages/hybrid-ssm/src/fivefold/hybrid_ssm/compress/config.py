@@ -134,6 +134,7 @@ class DistillConfig(Config):
         sequence_length: tokens of a sequence.
         learning_rate: its peak; the paper does not say one.
         warmup_steps: of the learning rate.
+        min_ratio: its last value over its peak; the paper's pretraining ends at 1 %.
         weight_decay: of matrices.
         gradient_clip: largest norm of the gradient; None for no limit.
         checkpoint_every: steps between checkpoints.
@@ -153,6 +154,7 @@ class DistillConfig(Config):
     sequence_length: int = 1024
     learning_rate: float = 1e-3
     warmup_steps: int = 10
+    min_ratio: float = 0.01
     weight_decay: float = 0.1
     gradient_clip: float | None = 1.0
     checkpoint_every: int = 50

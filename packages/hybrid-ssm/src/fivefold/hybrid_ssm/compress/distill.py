@@ -158,6 +158,7 @@ def run_config(lesson: Lesson) -> RunConfig:
             learning_rate=config.learning_rate,
             warmup_steps=min(config.warmup_steps, lesson.steps - 1),
             total_steps=lesson.steps,
+            min_ratio=config.min_ratio,
         ),
         precision=Precision(
             parameters="float64" if config.compute == "float64" else "float32",

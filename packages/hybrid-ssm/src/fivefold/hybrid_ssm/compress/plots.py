@@ -1,6 +1,7 @@
 """Pictures of a compression: layers' importance, candidates, distillation."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS = {MAMBA: "#4477aa", ATTENTION: "#cc3311", MLP: "#999933", EXPERTS: "#aa3377"}
+
+
+def draw(plot: Callable[..., None], *args: object) -> None:
+    """Call ``plot`` where matplotlib is installed; a compression does not need it."""
+    with contextlib.suppress(ImportError):
+        plot(*args)
 
 
 def _axes(height: float = 3.5) -> "tuple[Any, Axes]":

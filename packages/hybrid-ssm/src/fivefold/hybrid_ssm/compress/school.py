@@ -41,7 +41,7 @@ def finalists(
             write_student(job.model, candidate_of(row), scores, _pruned(job, row))
         write_table(stem, chosen)
         names = [row["candidate"] for row in chosen]
-        plots.plot_candidates(rows, names, job.output / "ranking.png")
+        plots.draw(plots.plot_candidates, rows, names, job.output / "ranking.png")
     for row in chosen:
         _distill(job, _pruned(job, row), _run(job, row), job.config.distill.short_steps)
     return chosen
@@ -112,7 +112,7 @@ def choice(
     rows = [rows[i] for i in order]
     write_table(stem, rows)
     runs = {f"candidate {row['candidate']}": _run(job, row) / METRICS for row in rows}
-    plots.plot_distillation(runs, stem.with_suffix(".png"))
+    plots.draw(plots.plot_distillation, runs, stem.with_suffix(".png"))
     return rows[0]
 
 

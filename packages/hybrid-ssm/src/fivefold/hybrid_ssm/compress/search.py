@@ -63,7 +63,7 @@ def _show_importance(job: Job, scores: Scores) -> None:
         for index in range(len(layers))
     ]
     write_table(stem, rows)
-    plots.plot_importance(job.parent.pattern, layers, stem.with_suffix(".png"))
+    plots.draw(plots.plot_importance, job.parent.pattern, layers, stem.with_suffix(".png"))
     first = order[0]
     job.tell(
         f"importance: {len(layers)} layers scored; the least important is layer {first} "
