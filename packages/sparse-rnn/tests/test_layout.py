@@ -65,16 +65,42 @@ def test_reordering_stays_under_its_ceiling(hidden: int, density: float, ceiling
     assert after <= ceiling < before
 
 
-def test_a_permutation_of_units_makes_it_less() -> None:
-    crow, col = _random(256, 256, 0.1)
-    order = layout.permute_units(crow, col, 256, 16, num_passes=40)
-    assert torch.equal(order.sort().values, torch.arange(256))
+@pytest.mark.parametrize(("rows", "hidden", "passes"), [(256, 256, 40), (512, 1024, 8)])
+def test_a_permutation_of_units_makes_it_less(rows: int, hidden: int, passes: int) -> None:
+    crow, col = _random(rows, hidden, 0.1)
+    order = layout.permute_units(crow, col, hidden, 16, num_passes=passes)
+    assert torch.equal(order.sort().values, torch.arange(hidden))
     position = torch.empty_like(order)
-    position[order] = torch.arange(256)
+    position[order] = torch.arange(hidden)
     moved = position[col.long()]
     before = layout.ratio(crow, col, layout.reorder(crow, col, 16), 16)
     after = layout.ratio(crow, moved, layout.reorder(crow, moved, 16), 16)
     assert after < before - 0.02
+
+
+@pytest.mark.parametrize(("hidden", "each"), [(1024, 3), (2304, 4), (256, 10)])
+@pytest.mark.parametrize("element_bytes", [4, 16])
+def test_rows_balanced_by_blocks_have_no_conflicts_where_a_block_is_a_bank(
+    hidden: int, each: int, element_bytes: int
+) -> None:
+    mask = torch.rand(40, hidden // 32, 32).argsort(-1) < each
+    crow, col = pattern.from_mask(mask.view(40, hidden))
+    order = layout.place_blocks(hidden, element_bytes)
+    assert torch.equal(order.sort().values, torch.arange(hidden))
+    position = torch.empty_like(order)
+    position[order] = torch.arange(hidden)
+    moved = position[col.long()]
+    even = hidden % (32 * layout.num_banks(element_bytes)) == 0
+    assert torch.equal(order, torch.arange(hidden)) != even
+    if even:
+        found = layout.ratio(crow, moved, layout.reorder(crow, moved, element_bytes), element_bytes)
+        assert found == 1.0
+        assert bool(
+            (
+                layout.fullest(crow, moved, element_bytes) * layout.num_banks(element_bytes)
+                == crow.diff()
+            ).all()
+        )
 
 
 def test_balanced_banks_have_no_conflicts() -> None:

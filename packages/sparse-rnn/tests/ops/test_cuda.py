@@ -168,8 +168,8 @@ def test_who_waits_in_vain_gives_up(tmp_path: Path) -> None:
     )
     inputs = _inputs(RNN)
     with Emulator(tmp_path, changes=[lost]).running(), cuda.using(Options(patience=300)):
-        _, h_n, _, _ = cuda.recurrence_forward(*inputs, False)
-        assert bool(h_n.isnan().all())
+        y, h_n, _, _ = cuda.recurrence_forward(*inputs, False)
+        assert bool(h_n.isnan().all()) and bool(y.isnan().all())
         with pytest.raises(SparseRNNTimeoutError, match=r"more than 300 times"):
             cuda.recurrence_forward(*inputs, False)
 

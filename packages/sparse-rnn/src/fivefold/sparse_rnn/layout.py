@@ -92,6 +92,29 @@ def reorder(crow: Tensor, col: Tensor, element_bytes: int) -> Tensor:
     return phase * banks + _rank(_first_phases(crow, banks)[row] + phase)
 
 
+def place_blocks(hidden: int, element_bytes: int, block: int = 32) -> Tensor:
+    """An order (H,) of the hidden units with each ``block`` of them in one bank.
+
+    Rows that were pruned to equally many nonzeros in every 32 columns then have equally many in
+    every bank. As they are where the banks cannot have equally many blocks.
+    """
+    banks = num_banks(element_bytes)
+    units = torch.arange(hidden)
+    if hidden % (block * banks):
+        return units
+    return units.view(-1, banks, block).transpose(0, 1).reshape(banks, -1).T.reshape(-1)
+
+
+def fullest(crow: Tensor, col: Tensor, element_bytes: int) -> Tensor:
+    """How many nonzeros each row (R,) has in the bank where it has most: the fewest waves it takes.
+
+    See ``waves`` for the arguments.
+    """
+    banks, rows = num_banks(element_bytes), crow.shape[0] - 1
+    count = torch.bincount(_rows(crow) * banks + col.long() % banks, minlength=rows * banks)
+    return count.view(rows, banks).amax(1)
+
+
 def permute_units(
     crow: Tensor, col: Tensor, hidden: int, element_bytes: int, num_passes: int = 8
 ) -> Tensor:

@@ -86,7 +86,7 @@ class Kernel:
         if words > _FEW_LOADS_FROM:
             return min(words + 63 + wide, 255)
         # Loads of 16 bytes under way take most.
-        others = 80 + min(self.register_pairs, 16) if self.width == 4 else 77
+        others = 80 + min(self.register_pairs, 16) if self.width == 4 else 74
         return min(words + others, 243 + wide)
 
     @property

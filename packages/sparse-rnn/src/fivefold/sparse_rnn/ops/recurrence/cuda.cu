@@ -461,9 +461,25 @@ GPU_FUNCTION void prepare(const Problem& p) {
   gpu::sync();
 }
 
+// NaN in all steps of this block's units.
+GPU_FUNCTION void spoil(const Problem& p) {
+  constexpr int kOutputs = kBackward ? kGates : 1;
+  float* out = kBackward ? p.dgates : p.y;
+  GPU_NO_UNROLL
+  for (int row = 0; row < p.num_steps * p.batch; ++row) {
+    GPU_NO_UNROLL
+    for (int i = gpu::thread(); i < kUnits * kOutputs; i += kThreads) {
+      int unit = ints(kUnitTable)[i / kOutputs];
+      long long to = (static_cast<long long>(row) * kOutputs + i % kOutputs) * kHidden + unit;
+      if (unit >= 0) out[to] = gpu::number(kNan);
+    }
+  }
+}
+
 // The last states; NaN where a block has waited in vain, so that nobody takes them for results.
 GPU_FUNCTION void finish(const Problem& p, bool failed) {
   gpu::sync();
+  if (failed) spoil(p);
   GPU_NO_UNROLL
   for (int i = gpu::thread(); i < kUnits * p.batch; i += kThreads) {
     int unit = ints(kUnitTable)[i / p.batch];

@@ -230,8 +230,8 @@ def check(device: torch.device | int | None = None) -> None:
         SparseRNNTimeoutError: one did.
     """
     torch.cuda.synchronize(device)
-    index = torch.cuda.current_device() if device is None else torch.device(device).index
-    _raise_if(_told(index))
+    index = None if device is None else torch.device(device).index
+    _raise_if(_told(torch.cuda.current_device() if index is None else index))
 
 
 def resident(

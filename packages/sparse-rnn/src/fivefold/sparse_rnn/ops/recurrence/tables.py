@@ -88,11 +88,8 @@ def tables(
         permute: choose the places of units so that few of a row lie in one bank.
     """
     device, size = matrix.col.device, kernel.element_bytes
-    order = torch.arange(kernel.hidden, device=device)
-    if permute:
-        order = layout.permute_units(matrix.crow, matrix.col, kernel.hidden, size).to(device)
-    position = torch.empty_like(order)
-    position[order] = torch.arange(kernel.hidden, device=device)
+    order = _order(matrix, kernel, permute=permute)
+    position = _inverse(order)
     place_of = layout.reorder if reorder else lambda crow, *_: layout.in_order(crow)
     column = position[matrix.col]
     target = _targets(matrix.crow, place_of(matrix.crow, column, size), arrangement)
@@ -110,6 +107,28 @@ def tables(
         bases=_bases(arrangement, kernel).int().to(device),
         order=order,
     )
+
+
+def _order(matrix: Matrix, kernel: Kernel, *, permute: bool) -> Tensor:
+    """The unit (H,) at each place of the vector."""
+    device, size = matrix.col.device, kernel.element_bytes
+    if permute:
+        found = layout.permute_units(matrix.crow, matrix.col, kernel.hidden, size)
+        return found.to(device)
+    # Rows pruned evenly are even over the banks in one of these orders.
+    orders = [torch.arange(kernel.hidden), layout.place_blocks(kernel.hidden, size)]
+    placed = [order.to(device) for order in orders]
+    waves = [
+        int(layout.fullest(matrix.crow, _inverse(order)[matrix.col], size).sum())
+        for order in placed
+    ]
+    return placed[waves.index(min(waves))]
+
+
+def _inverse(order: Tensor) -> Tensor:
+    position = torch.empty_like(order)
+    position[order] = torch.arange(order.shape[0], device=order.device)
+    return position
 
 
 def _targets(crow: Tensor, place: Tensor, arrangement: Arrangement) -> Tensor:
