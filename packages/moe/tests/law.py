@@ -1,35 +1,37 @@
 """The law of equality: training under a layout beside plain torch in one process."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from fivefold.moe import MoEConfig, MoEForCausalLM, sharding
 from fivefold.moe.dispatchers import DispatchConfig
 from fivefold.moe.router_config import RouterConfig
-from fivefold.parallel_core.build import ParallelModel, build, make_runner
+from fivefold.parallel_core import testing
+from fivefold.parallel_core.build import build, make_runner
 from fivefold.parallel_core.context import take_held
 from fivefold.parallel_core.data_parallel import Precision
 from fivefold.parallel_core.data_parallel_config import DataParallelConfig
 from fivefold.parallel_core.documents import starts_of_ids
-from fivefold.parallel_core.gradients import clip, global_norm, sum_partial
 from fivefold.parallel_core.layout import Layout
-from fivefold.parallel_core.parameters import ParameterTable, Piece, initialise
-from fivefold.parallel_core.pipeline import Runner
+from fivefold.parallel_core.parameters import ParameterTable, initialise
 from fivefold.parallel_core.pipeline_config import PipelineConfig
 from fivefold.parallel_core.sequence_split import ContextConfig
+from fivefold.parallel_core.testing import (
+    Job,
+    Lesson,
+    Record,
+    Verdict,
+    num_valid,
+    train_plainly,
+)
 from fivefold.parallel_core.topology import Topology
-from fivefold.parallel_core.training.optimizer import AdamWConfig, ShardedAdamW
-from fivefold.parallel_core.training.totals import Totals
 
 SEED, BATCH, LENGTH, STEPS = 7, 8, 16, 3
-CLIP, LEARNING_RATE = 0.5, 1e-2
-ADAMW = AdamWConfig()
 DOUBLE = Precision(parameters="float64", compute="float64")
 LOSSES = ("aux_loss", "global_loss", "z_loss")
 
@@ -109,20 +111,6 @@ def _differences(found: Mapping[str, Any], default: Mapping[str, Any]) -> list[s
     return words
 
 
-@dataclass(kw_only=True)
-class Record:
-    """What a run leaves: scalars of every step, gradients of the first, parameters of the last."""
-
-    scalars: dict[str, float] = field(default_factory=dict)
-    gradients: dict[str, Tensor] = field(default_factory=dict)
-    parameters: dict[str, Tensor] = field(default_factory=dict)
-
-    def note(self, step: int, loss: float, norm: float, side: Mapping[str, float]) -> None:
-        """Keep the scalars of a step."""
-        found = {"loss": loss, "norm": norm, **side}
-        self.scalars |= {f"{name}[{step}]": value for name, value in found.items()}
-
-
 def batch(vocab_size: int) -> tuple[Tensor, Tensor]:
     """Ids and targets (B, S); one sequence has no targets, another few, so ranks have unequally."""
     generator = torch.Generator().manual_seed(1)
@@ -138,98 +126,28 @@ def packed_starts() -> Tensor:
     return starts_of_ids(torch.stack(ids)).repeat(BATCH // len(ids), 1)
 
 
-def num_valid(targets: Tensor) -> int:
-    return int((targets != -100).sum())
-
-
 def plain_run(config: MoEConfig, packed: bool = False, steps: int = STEPS) -> Record:
     """Train the whole model on the whole batch with torch's own loss, clipping and AdamW."""
-    model, record = MoEForCausalLM(config).double(), Record()
+    model = MoEForCausalLM(config).double()
     initialise(ParameterTable.of(model).pieces(model), model.initialisation, SEED)
-    parameters = dict(model.named_parameters())
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters.values() if p.dim() > 1]},
-            {"params": [p for p in parameters.values() if p.dim() == 1], "weight_decay": 0.0},
-        ],
-        lr=LEARNING_RATE,
-        betas=ADAMW.betas,
-        eps=ADAMW.eps,
-        weight_decay=ADAMW.weight_decay,
-    )
     inputs, targets = batch(config.vocab_size)
-    model.side.weight = 1 / BATCH
-    for step in range(steps):
-        logits = model(inputs, document_starts=packed_starts() if packed else None)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        loss.backward()
-        if step == 0:
-            record.gradients = {name: p.grad.clone() for name, p in parameters.items()}
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values()])
-        for parameter in parameters.values():
-            parameter.grad *= min(1.0, CLIP / norm.item())
-        optimizer.step()
-        optimizer.zero_grad()
-        totals = model.side.drain()
-        model.after_step(totals)
-        side = {name: totals[name].item() / BATCH for name in LOSSES if name in totals}
-        record.note(step, loss.item(), norm.item(), side)
-    kept = (*parameters.items(), *model.named_buffers())
-    record.parameters = {name: value.detach().clone() for name, value in kept}
-    return record
+    starts = packed_starts() if packed else None
+    return train_plainly(
+        model, lambda: model(inputs, document_starts=starts), targets, lesson(steps)
+    )
 
 
-@dataclass(kw_only=True)
-class Job:
-    """The model laid over the ranks, ready to train."""
-
-    case: Case
-    topology: Topology
-    model: ParallelModel
-    runner: Runner
-    pieces: list[Piece]
-    optimizer: ShardedAdamW
-
-    def data(self) -> list[Tensor]:
-        """This rank's ids and targets, and starts of documents where they are packed."""
-        dp, cp = self.topology.axis("dp"), self.topology.axis("cp")
-        wholes = batch(self.case.model.vocab_size) + (packed_starts(),) * self.case.packed
-        mine = (whole.chunk(dp.size)[dp.rank] for whole in wholes)
-        return [take_held(rows, cp, self.case.context.split) for rows in mine]
-
-    def run(self) -> Record:
-        """The same training as ``plain_run``; tensors are this rank's pieces."""
-        record, count = Record(), num_valid(batch(self.case.model.vocab_size)[1])
-        sums = Totals(self.topology.world)
-        self.model.train()
-        for step in range(self.case.steps):
-            self.model.weigh_side_losses(1 / BATCH)
-            inputs, targets, *starts = self.data()
-            loss = self.runner.train(inputs, targets, 1 / count, *starts).item()
-            sum_partial(self.pieces, self.topology)
-            norm = global_norm(self.pieces, self.topology)
-            if step == 0:
-                grads = {p.name: p.grad for p in self.pieces if p.grad is not None}
-                record.gradients = {
-                    p.name: p.trim(grads[p.name]).clone() for p in self.pieces if p.name in grads
-                }
-            clip(self.pieces, norm, CLIP)
-            self.optimizer.step(LEARNING_RATE)
-            # The token loss is the same on all tensor ranks; side losses are each rank's own.
-            once = loss if self.topology.rank("tp") == 0 else 0.0
-            totals = sums.sum(self.model.drain_side_outputs())
-            self.model.after_step(totals)
-            side = {name: totals[name].item() / BATCH for name in LOSSES if name in totals}
-            record.note(step, world_sum(once) / count, norm.item(), side)
-        kept = (*self.pieces, *self.model.buffers())
-        record.parameters = {piece.name: piece.tensor.clone() for piece in kept}
-        return record
+def lesson(steps: int) -> Lesson:
+    """How both are trained."""
+    return Lesson(num_sequences=BATCH, steps=steps, losses=LOSSES)
 
 
-def world_sum(value: float) -> float:
-    total = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(total)
-    return total.item()
+def data_of(case: Case, topology: Topology) -> list[Tensor]:
+    """A rank's ids and targets, and starts of documents where they are packed."""
+    dp, cp = topology.axis("dp"), topology.axis("cp")
+    wholes = batch(case.model.vocab_size) + (packed_starts(),) * case.packed
+    mine = (whole.chunk(dp.size)[dp.rank] for whole in wholes)
+    return [take_held(rows, cp, case.context.split) for rows in mine]
 
 
 def make_job(case: Case) -> Job:
@@ -263,50 +181,13 @@ def make_job(case: Case) -> Job:
         vocab_size=config.vocab_size,
         dtype=case.precision.compute_dtype,
     )
-    pieces = model.pieces()
-    optimizer = ShardedAdamW(pieces, ADAMW)
-    return Job(
-        case=case, topology=topology, model=model, runner=runner, pieces=pieces, optimizer=optimizer
-    )
-
-
-def distances(job: Job, run: Record, expected: Record) -> Iterator[tuple[str, float]]:
-    """Relative distance of every scalar and of every tensor on this rank from the reference."""
-    for name, value in expected.scalars.items():
-        yield name, abs(run.scalars[name] - value) / (abs(value) or 1.0)
-    for kind in ("gradients", "parameters"):
-        found, wholes = getattr(run, kind), getattr(expected, kind)
-        buffers = job.model.buffers() if kind == "parameters" else []
-        for piece in (*job.pieces, *buffers):
-            if piece.box.numel:
-                whole = wholes[piece.name]
-                error = (found[piece.name] - whole[piece.box.slices]).abs().max()
-                yield f"{kind}[{piece.name}]", (error / whole.abs().max()).item()
-
-
-def num_counted(pieces: list[Piece]) -> Mapping[str, int]:
-    """Elements of each parameter that this rank counts in sums over all ranks."""
-    return {piece.name: piece.box.numel for piece in pieces if piece.counted}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What one rank found: its distances, what it counts, and the scalars of its run."""
-
-    distances: Mapping[str, float]
-    counted: Mapping[str, int]
-    scalars: Mapping[str, float]
+    count = num_valid(batch(config.vocab_size)[1])
+    return Job(model, runner, data_of(case, topology), count, lesson(case.steps))
 
 
 def judge(case: Case, expected: Record) -> Verdict:
     """Run a case on this rank."""
-    job = make_job(case)
-    run = job.run()
-    return Verdict(
-        distances=dict(distances(job, run, expected)),
-        counted=num_counted(job.pieces),
-        scalars=run.scalars,
-    )
+    return testing.judge(make_job(case), expected)
 
 
 def with_model(**changes: object) -> MoEConfig:
