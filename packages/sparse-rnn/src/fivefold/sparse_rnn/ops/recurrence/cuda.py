@@ -155,7 +155,7 @@ def recurrence_forward(
         _start(
             matrix,
             words,
-            _first_slot(matrix, h, window),
+            _first_slot(matrix, h, h, window),
             x[window],
             None if bias_n is None else _plain(bias_n),
             _from(lengths, window),
@@ -202,7 +202,7 @@ def recurrence_backward(
         _start(
             matrix,
             words,
-            _first_slot(matrix, None, window, dh),
+            _first_slot(matrix, None, dh, window),
             *(None if x is None else x[window] for x in inputs),
             _from(lengths, window),
             dh,
@@ -346,17 +346,16 @@ def _start(
     )
 
 
-def _first_slot(
-    matrix: Resident, h: Tensor | None, window: slice, like: Tensor | None = None
-) -> Tensor:
-    """Slots (steps + 1, groups, words) of a launch, int32: the first is there, the others empty."""
+def _first_slot(matrix: Resident, h: Tensor | None, like: Tensor, window: slice) -> Tensor:
+    """Slots (steps + 1, groups, words) of a launch, int32: the first is there, the others empty.
+
+    The first has the state ``h``, or zeros for states of the shape and device of ``like``.
+    """
     kernel = matrix.kernel
-    some = h if h is not None else like
-    assert some is not None
-    batch = some.shape[0]
+    batch = like.shape[0]
     groups = kernel.num_groups(batch)
     shape = (window.stop - window.start + 1, groups, kernel.vector_words)
-    slots = torch.full(shape, _EMPTY, dtype=torch.int32, device=some.device)
+    slots = torch.full(shape, _EMPTY, dtype=torch.int32, device=like.device)
     slots[0] = 0
     slots[:, :, kernel.columns * kernel.width :] = 0
     if h is None:
