@@ -48,6 +48,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     train = commands.add_parser("train", help="train a model, or go on with a run")
     add_train(train, module="fivefold.moe", default_run="runs/moe")
+    train.add_argument(
+        "--plan",
+        choices=("auto",),
+        help="train under the mapping that fivefold-plan finds fastest, instead of the file's",
+    )
+    train.add_argument(
+        "--machine",
+        default="h100",
+        metavar="NAME",
+        help="what the plan is for: a100, h100, h200, b200 or a TOML file (default: %(default)s)",
+    )
     add_export(commands.add_parser("export", help="write a run's model in Hugging Face form"))
     generate = commands.add_parser("generate", help="continue a text")
     generate.description = "Continue a text with a model in Hugging Face form, on this machine."

@@ -1,6 +1,7 @@
 """What the verbs of ``fivefold-moe`` do."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -9,12 +10,14 @@ from torch import Tensor
 from fivefold.moe.errors import MoEError
 from fivefold.moe.export import export_run
 from fivefold.moe.model import MoEForCausalLM
+from fivefold.moe.planned import load_planned
 from fivefold.moe.train import RunConfig, check, load_run, train_rank
 from fivefold.moe.upcycle import UpcycleConfig
 from fivefold.moe.upcycle import describe as upcycled
 from fivefold.moe.upcycle import upcycle as make_mixture
 from fivefold.parallel_core.arguments import check_temperature
 from fivefold.parallel_core.hub import resolve
+from fivefold.parallel_core.launcher import place, under_torchrun
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.training.command import TrainCommand
 from fivefold.parallel_core.training.run_batches import check_text
@@ -24,8 +27,18 @@ from fivefold.parallel_core.training.tokenizer import Tokenizer, load_tokenizer
 
 def train(options: argparse.Namespace) -> int:
     """``fivefold-moe train``."""
+
+    def load(source: Path, overrides: Mapping[str, str]) -> RunConfig:
+        if options.plan is None:
+            return load_run(source, overrides)
+        rank, world_size = place() if under_torchrun() else (0, options.nproc or 1)
+        config, chosen = load_planned(source, overrides, world_size, options.machine)
+        if rank == 0:
+            print(f"the planner's choice for {options.machine}:\n\n{chosen}\n", flush=True)
+        return config
+
     command = TrainCommand(
-        load=load_run,
+        load=load,
         check=check,
         describe=describe,
         train_rank=train_rank,
