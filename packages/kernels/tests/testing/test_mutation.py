@@ -1,5 +1,6 @@
 """Mutants of kernels."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,7 +120,7 @@ def test_a_kernel_beside_the_backends_file_is_broken_too(
     check()
 
 
-def test_a_mutant_that_never_ends_was_noticed(monkeypatch: object) -> None:
+def test_a_mutant_that_never_ends_was_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mutation, "_PATIENCE", 0.3)
     folder = mutation.folder_of(SAMPLES)
     mutant = mutation.mutants_of(folder, "triton")[0]
@@ -129,3 +130,12 @@ def test_a_mutant_that_never_ends_was_noticed(monkeypatch: object) -> None:
             pass
 
     assert not mutation.survives(folder, "triton", mutant, loop)
+
+
+def test_a_mutant_that_waits_for_ever_was_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mutation, "_STUCK", 1.0)
+    folder = mutation.folder_of(SAMPLES)
+    mutant = mutation.mutants_of(folder, "triton")[0]
+    begin = time.monotonic()
+    assert not mutation.survives(folder, "triton", mutant, lambda: time.sleep(60))
+    assert time.monotonic() - begin < 30

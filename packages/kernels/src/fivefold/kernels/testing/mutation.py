@@ -11,12 +11,14 @@ import os
 import re
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module, invalidate_caches
 from math import ceil
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -28,8 +30,9 @@ from fivefold.kernels.samples import OpSamples
 
 # A mutant that computes longer than this (seconds) loops for ever: it was noticed.
 _PATIENCE = 60.0
-# The same of one that waits, on a machine that has much else to do.
-_LONGEST_WAIT = 20 * _PATIENCE
+# And one that has computed nothing for so long: a kernel that writes where it must not may leave a
+# lock that nobody gives back. Compilers, which it waits for, take less.
+_STUCK = 150.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +128,31 @@ def survives(folder: str, backend: str, mutant: Mutant, check: Callable[[], Any]
     context = multiprocessing.get_context("fork")
     child = context.Process(target=partial(_run, folder, backend, mutant, check))
     child.start()
-    child.join(_LONGEST_WAIT)
+    _wait(child)
     if child.is_alive():
         child.kill()
         child.join()
         return False
     return child.exitcode == 0
+
+
+def _wait(child: BaseProcess) -> None:
+    """Until a process has ended or makes no progress."""
+    used, since = -1.0, time.monotonic()
+    while child.is_alive() and time.monotonic() - since < _STUCK:
+        child.join(1.0)
+        now = _seconds_computed(child.pid)
+        if now != used:
+            used, since = now, time.monotonic()
+
+
+def _seconds_computed(pid: int | None) -> float:
+    """Processor time of a process; where the system does not say, 0."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _run(folder: str, backend: str, mutant: Mutant, check: Callable[[], Any]) -> None:
