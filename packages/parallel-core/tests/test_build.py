@@ -152,6 +152,20 @@ def test_without_sequence_parallelism_tensor_ranks_take_any_length() -> None:
         runner_of(9, ContextConfig(), {}, sequence=False)
 
 
+def test_padding_is_zero_before_anything_is_filled() -> None:
+    """37 ids over two ranks: the second holds 18 rows and one of padding."""
+    torch.use_deterministic_algorithms(True)  # memory that nobody wrote is NaN
+    try:
+        model = build(lambda: Toy(CONFIG), imagined(2, tp=2)[1], plan(CONFIG), head=HEAD, tail=TAIL)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    padded = [p for p in model.pieces() if p.local.shape != p.tensor.shape]
+    assert [p.name for p in padded] == ["embed_tokens.weight", "lm_head.weight"]
+    for piece in padded:
+        assert piece.local.shape[0] == 19
+        assert piece.local[18:].eq(0).all()
+
+
 def test_two_ways_to_split_a_sequence_are_refused() -> None:
     changes = {"positions": ContextPositions("zigzag")}
     with pytest.raises(ConfigError, match=r"zigzag at 'positions' and contiguous at 'layers\.0"):

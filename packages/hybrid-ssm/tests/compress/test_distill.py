@@ -1,6 +1,6 @@
 """Distillation over ranks, kept logits, and pairs that do not fit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,13 @@ DISTILL = DistillConfig(
     learning_rate=1e-2,
     temperature=1.5,
 )
+
+
+@pytest.fixture(autouse=True)
+def _nan_in_memory_that_nobody_wrote() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -153,7 +153,12 @@ def build(
     # When all parts are in the table, as one rank may have both ends.
     both = [(original, name) for name, original in tied.items() if table.tie(name, original)]
     twins = [Twin(table, parts[0], original, parts[-1], name) for original, name in both]
-    return ParallelModel(parts, table, topology, twins)
+    model = ParallelModel(parts, table, topology, twins)
+    for piece in model.pieces():
+        # What fills the pieces leaves out their padding, and a gradient of 0 times NaN is NaN.
+        if piece.local.shape != piece.tensor.shape:
+            piece.local.zero_()
+    return model
 
 
 def make_runner(
