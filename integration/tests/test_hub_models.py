@@ -101,7 +101,7 @@ def load_and_run(
     for dtype in TOLERANCES:
         CountingReader.read_elements = 0
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("fivefold.parallel_core.hub.SafetensorsReader", CountingReader)
+            patch.setattr("fivefold.parallel_core.hub.pretrained.SafetensorsReader", CountingReader)
             model = MoEForCausalLM.from_pretrained(folder, topology, dtype=dtype)
         logits[dtype] = whole_logits(model, topology, IDS, vocab_size=V, hidden_size=H)
     return logits, CountingReader.read_elements, sum(p.numel() for p in model.parameters())

@@ -125,8 +125,8 @@ def test_a_finished_run_is_left_as_it_is(
     [
         (
             {"training.global_batch_size": "16", "training.seed": "4"},
-            "step-00000006 is of a run with global_batch_size=8, seed=0, this one has "
-            "global_batch_size=16, seed=4; resume with the same values, or train into another",
+            "step-00000006 is of a run with seed=0, global_batch_size=8, this one has "
+            "seed=4, global_batch_size=16; resume with the same values, or train into another",
         ),
         ({"data.heldout_fraction": "0.1"}, "is of a run with data="),
         (

@@ -1,5 +1,6 @@
 """The laws of an op as a class of pytest tests: ``TestRMSNorm = op_tests(SAMPLES)``."""
 
+from collections.abc import Container
 from contextlib import suppress
 from itertools import product
 from typing import Any
@@ -14,7 +15,7 @@ from fivefold.kernels.testing import checks
 from fivefold.kernels.testing.mutation import Mutant, a_few, folder_of, mutants_of, survives
 
 
-def op_tests(op: OpSamples, *, ops: tuple[Op, ...]) -> type:
+def op_tests(op: OpSamples, *, ops: tuple[Op, ...], unbroken: Container[str] = ()) -> type:
     """Tests of an op on the CPU: every backend, sample, dtype and layout in memory.
 
     A backend may refuse a call, with its reason, but not all of them.
@@ -25,6 +26,8 @@ def op_tests(op: OpSamples, *, ops: tuple[Op, ...]) -> type:
     Args:
         op: its samples.
         ops: its registered ops, which give the backends.
+        unbroken: files that are not broken on purpose: what they decide is who computes when, which
+            results do not show.
     """
     backends = [name for name in ops[0].backends if name != "cuda"]
     breakable = [name for name in ("triton", "cpu") if name in backends]
@@ -45,6 +48,7 @@ def op_tests(op: OpSamples, *, ops: tuple[Op, ...]) -> type:
         pytest.param((backend, mutant), id=_place(backend, mutant))
         for backend in breakable
         for mutant in a_few(mutants_of(folder, backend))
+        if mutant.file not in unbroken
     ]
 
     class Tests:
