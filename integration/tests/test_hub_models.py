@@ -149,7 +149,7 @@ def test_a_topology_that_does_not_fit_reads_nothing(
 ) -> None:
     topology = Topology.local()
     topology.layout = Layout(16, ep=16)
-    monkeypatch.setattr("fivefold.parallel_core.hub.fill", None)
+    monkeypatch.setattr(MoEForCausalLM, "_fill", None)
     with pytest.raises(MoEConfigError, match=r"num_experts=8 .* ep=16; ep may be 1, 2, 4, 8$"):
         MoEForCausalLM.from_pretrained(mixtral, topology)
 

@@ -190,14 +190,13 @@ def plan(
     """
     target = _check(cell, hidden_size, density, nonzeros, batch, values, device)
     gates = CELLS[cell].num_gates
-    if nonzeros is None:
-        assert density is not None
-        counts = _drawn_counts(gates * hidden_size, hidden_size, density)
-        sample = pattern.from_mask(pattern.random_mask(_SAMPLED_ROWS, hidden_size, density))
-    else:
+    if nonzeros is not None:
         matrix = Matrix.of(*nonzeros, hidden_size, turned=backward)
         counts = matrix.crow.diff()
         sample = _first_rows(matrix)
+    elif density is not None:
+        counts = _drawn_counts(gates * hidden_size, hidden_size, density)
+        sample = pattern.from_mask(pattern.random_mask(_SAMPLED_ROWS, hidden_size, density))
     slots = (-(-counts // layout.LANES)).tolist()
     blocks = num_blocks(sum(slots), hidden_size, target.num_sms)
     arrangement = arrange(slots, hidden_size, blocks)
