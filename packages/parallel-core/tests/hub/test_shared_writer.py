@@ -1,5 +1,6 @@
 """A model over many ranks becomes one folder, and no rank ever holds it."""
 
+import ctypes
 import re
 import resource
 from collections.abc import Iterable
@@ -126,7 +127,14 @@ def forget_most() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def give_back_at_once() -> None:
+    """Freed memory leaves the process at once: the most resident is then the most held."""
+    threshold = -3  # M_MMAP_THRESHOLD of malloc.h; once set, glibc no longer moves it
+    assert ctypes.CDLL(None).mallopt(threshold, 64 * KIB) == 1
+
+
 def memory_of_a_save(folder: Path) -> int:
+    give_back_at_once()
     pieces = own("w")
     write_together(folder / "warm", pieces[:4], lambda name, shape: [(name, ())])
     dist.barrier()
@@ -140,7 +148,7 @@ def memory_of_a_save(folder: Path) -> int:
 def test_no_rank_holds_more_than_a_few_tensors(tmp_path: Path) -> None:
     grown = launch(memory_of_a_save, RANKS, tmp_path, timeout=200)
     # One tensor, a quarter coming in, and a quarter of one for each of the three other writers.
-    assert max(grown) < 3 * TENSOR < COUNT * TENSOR / 10, grown
+    assert max(grown) < 2 * TENSOR < COUNT * TENSOR / 10, grown
     found = held(tmp_path / "all")
     assert len(found) == COUNT
     assert found["w.4"][:: ROWS // RANKS, 7].tolist() == [4 + rank / 8 for rank in range(RANKS)]
