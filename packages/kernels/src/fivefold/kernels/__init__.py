@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fivefold.kernels.errors import BackendError, CompileError, KernelError, KernelInputError
+    from fivefold.kernels.layers import Linear
     from fivefold.kernels.ops.attention import attention
     from fivefold.kernels.ops.cross_entropy import cross_entropy
     from fivefold.kernels.ops.fp8_linear import fp8_linear
     from fivefold.kernels.ops.fp8_quantize import fp8_quantize
     from fivefold.kernels.ops.grouped_mm import grouped_mm
     from fivefold.kernels.ops.layer_norm import layer_norm
+    from fivefold.kernels.ops.linear import linear
     from fivefold.kernels.ops.linear_cross_entropy import linear_cross_entropy
     from fivefold.kernels.ops.relu2 import relu2
     from fivefold.kernels.ops.rms_norm import rms_norm
@@ -24,12 +26,14 @@ __all__ = [
     "FusedAdamW",
     "KernelError",
     "KernelInputError",
+    "Linear",
     "attention",
     "cross_entropy",
     "fp8_linear",
     "fp8_quantize",
     "grouped_mm",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "relu2",
     "rms_norm",
@@ -43,6 +47,7 @@ _HOMES = {
     "FusedAdamW": "optimizer",
     "KernelError": "errors",
     "KernelInputError": "errors",
+    "Linear": "layers",
 }
 
 
