@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fivefold.kernels.operands import sum_dtype
 from fivefold.kernels.ops.cross_entropy.reference import check_range
+from fivefold.kernels.ops.linear import linear
 
 # Bytes of a chunk's logits and their gradient. On a GPU the weight's gradient, which is read and
 # written once for each chunk, wants thousands of tokens; on a CPU some dozens hide it.
@@ -67,7 +67,7 @@ def tokens(
     options = weight, ignore_index, label_smoothing, z_loss
 
     def statistics(rows: slice) -> tuple[Tensor, Tensor]:
-        logits_cv = F.linear(x[rows], linear_weight, linear_bias)
+        logits_cv = linear(x[rows], linear_weight, linear_bias)
         return softmax.cross_entropy_forward(logits_cv, target[rows], *options)
 
     found = [statistics(rows) for rows in chunks(x, linear_weight.shape[0])]
@@ -94,7 +94,7 @@ def backward(
     gradients = Gradients(x, linear_weight, needed)
 
     def dlogits(rows: slice) -> Tensor:
-        logits_cv = F.linear(x[rows], linear_weight, linear_bias)
+        logits_cv = linear(x[rows], linear_weight, linear_bias)
         return softmax.cross_entropy_backward(
             dloss[rows], logits_cv, target[rows], weight, lse[rows], *options
         )
@@ -122,7 +122,7 @@ def total(
     gradients = Gradients(x, linear_weight, needed)
 
     def loss_and_dlogits(rows: slice) -> tuple[Tensor, Tensor]:
-        logits_cv = F.linear(x[rows], linear_weight, linear_bias)
+        logits_cv = linear(x[rows], linear_weight, linear_bias)
         loss_c, lse_c = softmax.cross_entropy_forward(logits_cv, target[rows], weight, *options)
         # Autograd differentiates the loss, and it alone, where this is a specification.
         with torch.no_grad():
@@ -175,9 +175,9 @@ class Gradients:
         """What the gradient of these rows' logits contributes."""
         dx, dweight, dbias = self.found
         if self._needed[0]:
-            torch.mm(dlogits_cv, self._weight, out=dx[rows])
+            dx[rows] = linear(dlogits_cv, self._weight.t())
         if self._needed[1]:
-            _add_product(dweight, dlogits_cv.T, self._x[rows], first=rows.start == 0)
+            _add_product(dweight, dlogits_cv.T, self._x[rows].T, first=rows.start == 0)
         if self._needed[2]:
             dbias += dlogits_cv.sum(0, dtype=dbias.dtype)
 
@@ -207,19 +207,20 @@ def chunk_size(num_tokens: int, row_bytes: int, device: str) -> int:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """``total += a @ b`` in the dtype of ``total``, which holds nothing yet the first time."""
+    """``total += a @ b.T`` in the dtype of ``total``, which holds nothing yet the first time."""
     beta = 0 if first else 1
-    if a.dtype == total.dtype:
-        total.addmm_(a, b, beta=beta)
-    elif a.is_cuda:
-        torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
+    if a.is_cuda and a.dtype != total.dtype:
+        torch.addmm(total, a, b.T, beta=beta, out_dtype=total.dtype, out=total)
+    elif a.is_cuda or a.dtype == torch.float64:
+        total.addmm_(a, b.T, beta=beta)
     else:
-        # A product in float32 takes three times as long and is only as exact as its operands.
+        # Of bfloat16, a product in float32 takes three times as long and is only as exact as its
+        # operands. Of float32, the sum passes once more over memory, but oneDNN has made it.
         for part in _parts(total):
             if first:
-                total[part] = a[part] @ b
+                total[part] = linear(a[part], b)
             else:
-                total[part] += a[part] @ b
+                total[part] += linear(a[part], b)
 
 
 def _parts(x: Tensor) -> Iterator[slice]:
