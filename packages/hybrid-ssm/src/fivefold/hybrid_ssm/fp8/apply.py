@@ -1,5 +1,6 @@
 """Which products of a hybrid become FP8."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -7,12 +8,12 @@ from torch import nn
 from fivefold.hybrid_ssm.config import HybridConfig
 from fivefold.hybrid_ssm.errors import HybridConfigError
 from fivefold.hybrid_ssm.fp8.config import FP8Config
-from fivefold.hybrid_ssm.fp8.linears import FP8ColumnParallel, FP8Linear, FP8RowParallel, How
-from fivefold.hybrid_ssm.fp8.scaling import E4M3, E5M2, Format
+from fivefold.hybrid_ssm.fp8.products import PRODUCTS
 from fivefold.hybrid_ssm.pattern import EXPERTS
-from fivefold.parallel_core.linear_group import LinearGroup
-from fivefold.parallel_core.tensor_parallel import ColumnParallelLinears, RowParallelLinear
-from fivefold.parallel_core.topology import Axis, Topology
+from fivefold.parallel_core.errors import ConfigError
+from fivefold.parallel_core.fp8.convert import Conversion
+from fivefold.parallel_core.fp8.scaling import E4M3, E5M2, Format
+from fivefold.parallel_core.topology import Topology
 
 if TYPE_CHECKING:
     from fivefold.hybrid_ssm.model import HybridForCausalLM
@@ -49,18 +50,27 @@ def recipe(
     ('layers.1.mixer.up_proj', 'layers.1.mixer.down_proj')
     """
     config = FP8Config(**options)
-    _check_topology(model, topology)
+    form = Format(E4M3 if config.gradients == "e4m3" else E5M2, config.power_of_2_scale)
+    conversion = Conversion(form, PRODUCTS, topology, _experts(model.config))
+    try:
+        conversion.check(model)
+        return tuple(_converted(model, config, conversion))
+    except ConfigError as error:
+        raise HybridConfigError(str(error)) from error
+
+
+def _converted(
+    model: "HybridForCausalLM", config: FP8Config, conversion: Conversion
+) -> Iterator[str]:
+    """Convert what ``config`` chooses, name by name."""
     chosen = chosen_products(model.config, config)
-    changed: list[str] = []
     for key, layer in model.layers.items():
         mixer = layer.get_submodule("mixer")
         # Each once: routed experts are one module of both products.
-        names = dict.fromkeys(name for part in chosen.get(int(key), ()) for name in part)
-        for name in names:
+        for name in dict.fromkeys(name for part in chosen.get(int(key), ()) for name in part):
             if _has(mixer, name) and (config.experts or name != "experts"):
-                changed.append(f"layers.{key}.mixer.{name}")
-                _change(mixer.get_submodule(name), changed[-1], config, topology)
-    return tuple(changed)
+                conversion.change(mixer.get_submodule(name), f"layers.{key}.mixer.{name}")
+                yield f"layers.{key}.mixer.{name}"
 
 
 def chosen_products(model: HybridConfig, config: FP8Config) -> dict[int, list[tuple[str, ...]]]:
@@ -89,79 +99,16 @@ def chosen_products(model: HybridConfig, config: FP8Config) -> dict[int, list[tu
     return chosen
 
 
-def _check_topology(model: nn.Module, topology: Topology | None) -> None:
-    """Refuse to take parts of tensors for the whole of them."""
-    kinds = (ColumnParallelLinears, RowParallelLinear)
-    axes = [module.axis for module in model.modules() if isinstance(module, kinds)]
-    split = next((axis for axis in axes if axis.size > 1), None)
-    if split is not None and topology is None:
-        raise HybridConfigError(
-            f"the model lies over {split.name} of {split.size} ranks, and their topology is "
-            "missing; give it: recipe(model, topology, ...)"
-        )
-
-
 def _has(module: nn.Module, name: str) -> bool:
     found = dict(module.named_modules()).get(name)
     return found is not None and not isinstance(found, nn.Identity)
 
 
-def _change(module: nn.Module, name: str, config: FP8Config, topology: Topology | None) -> None:
-    form = Format(E4M3 if config.gradients == "e4m3" else E5M2, config.power_of_2_scale)
-    if type(module) is LinearGroup:
-        for key, linear in module.named_children():
-            _change(linear, f"{name}.{key}", config, topology)
-    elif type(module) is nn.Linear:
-        _become(module, FP8Linear, how=_replicated(form, topology))
-    elif type(module) is ColumnParallelLinears:
-        whole = module.sequence
-        how = How(module.axis, form, gather=whole, x=whole, weight=True, y=True)
-        _become(module, FP8ColumnParallel, how=how)
-    elif type(module) is RowParallelLinear:
-        _become(module, FP8RowParallel, how=How(module.axis, form, x=True, weight=True))
-    elif name.endswith(".experts"):
-        _change_experts(module, name, form, topology)
-    else:
-        raise _no_form(name, module)
-
-
-def _no_form(name: str, module: nn.Module) -> HybridConfigError:
-    return HybridConfigError(
-        f"{name!r} is a {type(module).__name__}, which has no FP8 form; the recipe takes "
-        "nn.Linear, LinearGroup, ColumnParallelLinears, RowParallelLinear and Relu2Experts, once"
-    )
-
-
-def _replicated(form: Format, topology: Topology | None) -> How:
-    """Whole weights on every rank, which see parts of the sequence where there are several."""
-    axis = None if topology is None else topology.axis("tp")
-    return How(axis, form, x=True, y=True)
-
-
-def _change_experts(module: nn.Module, name: str, form: Format, topology: Topology | None) -> None:
+def _experts(config: HybridConfig) -> dict[type[nn.Module], type[nn.Module]]:
+    if EXPERTS not in config.pattern:
+        return {}
     # Here and not above: fivefold-moe is an extra, which a model without experts does not need.
     from fivefold.hybrid_ssm.blocks.experts import Relu2Experts
     from fivefold.hybrid_ssm.fp8.experts import FP8Experts
 
-    if _kind(module) is not Relu2Experts:
-        raise _no_form(name, module)
-    ranks: Axis | None = None if topology is None else topology.axis("etp-ep")
-    _become(module, FP8Experts, ranks=ranks, format=form)
-
-
-def _kind(module: nn.Module) -> type:
-    """The module's class, or the one under a class of FSDP, which computes nothing itself."""
-    kind = type(module)
-    wrapped = len(kind.__bases__) == 2 and "forward" not in vars(kind)
-    return kind.__bases__[1] if wrapped else kind
-
-
-def _become(module: nn.Module, kind: type[nn.Module], **attributes: Any) -> None:
-    """Change a module's class, and so what it computes; all it holds stays."""
-    old = type(module)
-    if _kind(module) is not old:
-        rest = {key: value for key, value in vars(old).items() if key == "__deepcopy__"}
-        kind = type(f"FSDP{kind.__name__}", (old.__bases__[0], kind), rest)
-    module.__class__ = kind
-    for name, value in attributes.items():
-        setattr(module, name, value)
+    return {Relu2Experts: FP8Experts}

@@ -17,10 +17,10 @@ from fivefold.hybrid_ssm.card import model_card
 from fivefold.hybrid_ssm.files import disk_specs, disk_tensors
 from fivefold.hybrid_ssm.fp8.apply import chosen_products
 from fivefold.hybrid_ssm.fp8.config import FP8Config
-from fivefold.hybrid_ssm.fp8.scaling import E4M3, SMALLEST_AMAX
 from fivefold.hybrid_ssm.hf import Stored, stored_tensors
 from fivefold.hybrid_ssm.pretrained import CARD, CONFIG, GENERATION, QUANTISATION
 from fivefold.parallel_core import hub
+from fivefold.parallel_core.fp8.scaling import E4M3, SMALLEST_AMAX
 from fivefold.parallel_core.hub.writer import Spec
 
 if TYPE_CHECKING:

@@ -1,8 +1,7 @@
-"""Scales of tensors that several ranks hold together, and products of what was rounded with them.
+"""Scales of tensors that several ranks hold together, and rounding with them.
 
-The scale of a whole tensor is that of ``fivefold.kernels.fp8_quantize``. A rank that holds a part
-of it uses the largest magnitude of all parts, so that the values it rounds are those that one
-process would have.
+A rank that holds a part of a tensor uses the largest magnitude of all parts, so that the values it
+rounds are those that one process would have.
 
 Policy for values that are no ordinary numbers: a tensor of zeros gets a finite scale and stays
 zero; one outlier sets the scale, and what is too small beside it flushes to zero; an infinity or a
@@ -15,8 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fivefold.kernels.operands import sum_dtype
-from fivefold.kernels.ops.grouped_mm import grouped_mm
 from fivefold.parallel_core.collectives import gather_along
 from fivefold.parallel_core.topology import Axis
 
@@ -64,15 +61,3 @@ def rounded(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 def gathered(x_fp8: Tensor, axis: Axis, dim: int) -> Tensor:
     """Every rank's float8 values laid along ``dim``: one byte each is sent."""
     return gather_along(x_fp8.view(torch.uint8), axis, dim).view(x_fp8.dtype)
-
-
-def product(
-    a_mk: Tensor, scale_a: Tensor, b_nk: Tensor, scale_b: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """``a @ b.T`` (M, N) of float8 values divided by their scales, summed in float32 or wider."""
-    if a_mk.is_cuda:
-        ends = torch.full((1,), a_mk.shape[0], dtype=torch.int32, device=a_mk.device)
-        b_1kn = b_nk.unsqueeze(0).mT
-        return grouped_mm(a_mk, b_1kn, offs=ends, out_dtype=dtype, scale_a=scale_a, scale_b=scale_b)
-    wide = sum_dtype(dtype)
-    return torch.mm(a_mk.to(wide) / scale_a, (b_nk.to(wide) / scale_b).t()).to(dtype)

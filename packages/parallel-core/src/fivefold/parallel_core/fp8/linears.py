@@ -12,28 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fivefold.hybrid_ssm.fp8.scaling import (
-    E4M3,
-    Format,
-    gathered,
-    largest,
-    product,
-    rounded,
-    scale_of,
-)
-from fivefold.kernels import fp8_linear
 from fivefold.parallel_core.collectives import all_reduce, copy, reduce_scatter, scatter_sum_along
+from fivefold.parallel_core.fp8.products import Products
+from fivefold.parallel_core.fp8.scaling import E4M3, Format, gathered, largest, rounded, scale_of
 from fivefold.parallel_core.tensor_parallel import ColumnParallelLinears, RowParallelLinear
 from fivefold.parallel_core.topology import Axis
 
 
 @dataclass(frozen=True, slots=True)
 class How:
-    """Which tensors of a product are spread over ranks.
+    """What computes a product, and which of its tensors are spread over ranks.
 
     Attributes:
         axis: the ranks; None or of one rank where nothing is spread.
         format: how tensors are rounded.
+        products: what computes.
         gather: whether the input is gathered along the sequence for the product.
         x: whether ranks hold parts of the input.
         weight: whether they hold parts of the weights.
@@ -42,6 +35,7 @@ class How:
 
     axis: Axis | None
     format: Format
+    products: Products
     gather: bool = False
     x: bool = False
     weight: bool = False
@@ -76,7 +70,7 @@ class _SplitLinears(torch.autograd.Function):
         whole = _whole(x_fp8, how)
         rows = whole.flatten(0, -2)
         return tuple(
-            product(rows, scale_x, w, scale, x.dtype).view(*whole.shape[:-1], -1)
+            how.products.matrix(rows, scale_x, w, scale, x.dtype).view(*whole.shape[:-1], -1)
             for w, scale in zip(rounds, scales, strict=True)
         )
 
@@ -91,13 +85,15 @@ class _SplitLinears(torch.autograd.Function):
         rows = [rounded(g.flatten(0, -2), s, dtype) for g, s in zip(grads, dscales, strict=True)]
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = _sum_products(rows, dscales, weights, scales, ctx.dtype)
+            dx = _sum_products(how.products, rows, dscales, weights, scales, ctx.dtype)
             dx = dx.view(*grads[0].shape[:-1], -1)
             dx = scatter_sum_along(dx, how.axis, 1) if how.gather else dx
         x_mk = _whole(x_fp8, how).flatten(0, -2)
         x_km = x_mk.t().contiguous()
         dweights = [
-            product(dy.t().contiguous(), s, x_km, scale_x, ctx.dtype) if needed else None
+            how.products.matrix(dy.t().contiguous(), s, x_km, scale_x, ctx.dtype)
+            if needed
+            else None
             for dy, s, needed in zip(rows, dscales, ctx.needs_input_grad[2:], strict=True)
         ]
         return dx, None, *dweights
@@ -110,6 +106,7 @@ def _whole(x_fp8: Tensor, how: How) -> Tensor:
 
 
 def _sum_products(
+    products: Products,
     rows: list[Tensor],
     dscales: list[Tensor],
     weights: list[Tensor],
@@ -118,7 +115,7 @@ def _sum_products(
 ) -> Tensor:
     """The gradient of the input of several linears (M, K)."""
     parts = [
-        product(dy, dscale, w.t().contiguous(), scale, dtype)
+        products.matrix(dy, dscale, w.t().contiguous(), scale, dtype)
         for dy, dscale, w, scale in zip(rows, dscales, weights, scales, strict=True)
     ]
     total = parts[0]
@@ -132,7 +129,7 @@ def linears(x: Tensor, modules: list[Any], how: How) -> tuple[Tensor, ...]:
     if how.alone:
         form = how.format
         return tuple(
-            fp8_linear(
+            how.products.linear(
                 x,
                 each.weight,
                 each.bias,
