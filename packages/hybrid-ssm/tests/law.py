@@ -48,6 +48,7 @@ MODEL = HybridConfig(
     expert_intermediate_size=16,
     shared_intermediate_size=20,
     latent_size=12,
+    bias_rate=0.02,
     aux_loss_coef=0.1,
     z_loss_coef=0.01,
     initializer_range=0.3,
@@ -140,7 +141,7 @@ def make_job(case: Case) -> Job:
         precision=DOUBLE,
         regions=case.recompute,
     )
-    initialise(model.pieces(), config, SEED)
+    initialise([*model.pieces(), *model.buffers()], config, SEED)
     runner = make_runner(
         model,
         pipeline,

@@ -25,6 +25,10 @@ def test_a_run_becomes_a_model_folder(finished_run: Path, exported_run: Path) ->
     model, step = load_run_model(finished_run)
     assert step == 6 and not model.training
     again = HybridForCausalLM.from_pretrained(exported_run)
+    bias = again.get_buffer("layers.2.mixer.router.bias")
+    # Six steps of 0.001 up or down, or of nothing where an expert had its share.
+    steps = bias.double() / read_run(finished_run).model.bias_rate
+    assert steps.abs().max() >= 1 and (steps - steps.round()).abs().max() < 1e-3
     pairs = zip(again.state_dict().items(), model.state_dict().items(), strict=True)
     assert all(n == m and torch.equal(x, y) for (n, x), (m, y) in pairs)
     theirs = AutoModelForCausalLM.from_pretrained(exported_run)

@@ -74,6 +74,7 @@ def test_ours_to_theirs_to_ours_is_bitwise(name: str, tiny: Make, tmp_path: Path
 def test_bfloat16_files_come_back_as_they_were(tiny: Make, tmp_path: Path) -> None:
     """Decays in float32 beside weights in bfloat16, and decays in bfloat16 too."""
     model = HybridForCausalLM(tiny()).to(torch.bfloat16)
+    model.get_buffer("layers.6.mixer.router.bias").copy_(torch.randn(4) + 64)
     model.save_pretrained(tmp_path / "mixed")
     mixed = all_tensors(tmp_path / "mixed")
     assert mixed["backbone.layers.0.mixer.A_log"].dtype == torch.float32

@@ -114,7 +114,7 @@ def test_decays_steps_and_norms_have_no_weight_decay() -> None:
     model = HybridForCausalLM(tiny_config(use_bias=True))
     pieces = ParameterTable.of(model).pieces(model)
     free = {piece.name.rpartition(".")[2] for piece in pieces if not decays(piece)}
-    assert free == {"A_log", "D", "dt_bias", "bias", "weight", "correction_bias"}
+    assert free == {"A_log", "D", "dt_bias", "bias", "weight"}
     free_weights = [p.name for p in pieces if not decays(p) and p.name.endswith("weight")]
     assert all("norm" in name for name in free_weights)
     assert all(not decays(p) for p in pieces if "norm" in p.name)

@@ -1,13 +1,15 @@
 """Routing by hand, and what routers leave beside their output."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fivefold.hybrid_ssm import HybridConfig, HybridForCausalLM
-from fivefold.hybrid_ssm.blocks.experts import ExpertsMixer, Relu2Experts, SigmoidRouter
+from fivefold.hybrid_ssm.blocks.experts import ExpertsMixer, Relu2Experts, make_router
 from fivefold.hybrid_ssm.errors import HybridConfigError
+from fivefold.moe.router import Router
 from fivefold.parallel_core.losses import SideOutputs
 
 SIZES = {
@@ -21,18 +23,18 @@ SIZES = {
 }
 
 
-def router_of(scores: list[float], bias: list[float], **changes: object) -> SigmoidRouter:
+def router_of(scores: list[float], bias: list[float], **changes: object) -> Router:
     """A router that gives the input (1, 0, ...) these sigmoid scores."""
     config = HybridConfig(**(SIZES | changes))  # type: ignore[arg-type]
-    router = SigmoidRouter(config, 0, SideOutputs()).eval()
+    router = make_router(config, 0, SideOutputs()).eval()
     with torch.no_grad():
         router.weight.zero_()
         router.weight[:, 0] = torch.logit(torch.tensor(scores))
-        router.correction_bias.copy_(torch.tensor(bias))
+        router.bias.copy_(torch.tensor(bias))
     return router
 
 
-def route(router: SigmoidRouter) -> tuple[list[int], list[float]]:
+def route(router: Router) -> tuple[list[int], list[float]]:
     x = torch.zeros(1, 1, 4)
     x[..., 0] = 1
     weights, experts = router(x)
@@ -60,7 +62,7 @@ def test_groups_count_by_their_two_best() -> None:
 def test_a_large_bias_keeps_its_small_differences_in_bfloat16() -> None:
     bias = [64.0, 64.25, 64.0, 64.125]
     router = router_of([0.5, 0.5, 0.5, 0.5], bias).to(torch.bfloat16)
-    assert router.correction_bias.dtype == torch.float32
+    assert router.bias.dtype == torch.float32
     weights, experts = router(torch.ones(1, 1, 4, dtype=torch.bfloat16))
     assert sorted(experts[0].tolist()) == [1, 3]
     assert weights.dtype == torch.bfloat16
@@ -69,7 +71,7 @@ def test_a_large_bias_keeps_its_small_differences_in_bfloat16() -> None:
 def test_balanced_scores_have_the_loss_of_their_coefficient() -> None:
     side = SideOutputs()
     config = HybridConfig(**SIZES, aux_loss_coef=0.5, z_loss_coef=0.25)  # type: ignore[arg-type]
-    router = SigmoidRouter(config, 3, side).train()
+    router = make_router(config, 3, side).train()
     with torch.no_grad():
         router.weight.copy_(torch.eye(4) * 4)
     x = torch.eye(4)[None] + torch.eye(4).roll(1, 0)[None]  # each expert is chosen twice
@@ -80,6 +82,21 @@ def test_balanced_scores_have_the_loss_of_their_coefficient() -> None:
     logits = x @ router.weight.T
     expected = 0.25 * logits.logsumexp(-1).square().mean()
     assert float(totals["z_loss"].detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+def test_a_step_moves_the_biases_towards_balance() -> None:
+    config = HybridConfig(**SIZES | {"pattern": "E-E"}, intermediate_size=8, bias_rate=0.25)  # type: ignore[arg-type]
+    model = HybridForCausalLM(config)
+    loads = {"load.0": torch.tensor([8, 0, 4, 4]), "load.2": torch.tensor([0, 0, 16, 0])}
+    model.after_step(loads | {"aux_loss": torch.tensor(1.0)})
+    found = [model.get_buffer(f"layers.{index}.mixer.router.bias").tolist() for index in (0, 2)]
+    assert found == [[-0.25, 0.25, 0, 0], [0.25, 0.25, -0.25, 0.25]]
+    still = HybridForCausalLM(replace(config, bias_rate=0.0))
+    still.after_step(loads)
+    assert not still.get_buffer("layers.0.mixer.router.bias").any()
+    model.after_step({"load.2": loads["load.2"]})
+    assert model.get_buffer("layers.0.mixer.router.bias").tolist() == found[0]
+    assert model.get_buffer("layers.2.mixer.router.bias").tolist() == [0.5, 0.5, -0.5, 0.5]
 
 
 def test_experts_by_hand() -> None:

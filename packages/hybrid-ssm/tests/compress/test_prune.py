@@ -103,7 +103,7 @@ def test_experts_that_nobody_chooses_go_without_a_change(
 ) -> None:
     model = make_model()
     mixer = model.layers["6"].mixer
-    mixer.router.correction_bias[:] = torch.tensor([0.0, -50.0, 0.0, -50.0])
+    mixer.router.bias[:] = torch.tensor([0.0, -50.0, 0.0, -50.0])
     scores = random_scores(model.config, 0)
     scores.experts[6] = torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=torch.float64)
     candidate = replace(whole(model.config), experts=2)

@@ -103,7 +103,7 @@ def trained(degrees: dict[str, int], regions: str, compute: str = "float64") -> 
         precision=Precision(parameters=storage, compute=compute),
         regions=regions,
     )
-    initialise(built.pieces(), MODEL, 3)
+    initialise([*built.pieces(), *built.buffers()], MODEL, 3)
     (part,) = built.parts
     fp8.recipe(part, topology, first=1, last=1)
     loss = LocalRunner(part, 1).train(IDS, (IDS * 3 + 1) % 37, 1 / IDS.numel())

@@ -63,6 +63,8 @@ class HybridConfig(Config):
         num_chosen_groups: how many.
         normalise_weights: whether the weights of a token's experts are made to sum to 1.
         routed_scaling_factor: by which the weights are multiplied then.
+        bias_rate: how far a router's bias moves towards balance after a step of training; 0 leaves
+            it as it is.
         aux_loss_coef: load balance loss of one layer and sequence when balanced.
         z_loss_coef: weight of the router's z-loss.
         num_nextn_predict_layers: prediction depths whose tensors the files have (kept, not run).
@@ -118,6 +120,7 @@ class HybridConfig(Config):
     num_chosen_groups: int = 1
     normalise_weights: bool = True
     routed_scaling_factor: float = 1.0
+    bias_rate: float = 0.001
     aux_loss_coef: float = 0.0001
     z_loss_coef: float = 0.0
     num_nextn_predict_layers: int = 0
@@ -223,7 +226,7 @@ def _check_values(config: HybridConfig) -> None:
     _check_family(config)
     low, high = config.dt_limit
     ranges = (config.time_step_min, config.time_step_max), config.decay_range
-    coefficients = ("initializer_range", "aux_loss_coef", "z_loss_coef", "norm_eps")
+    coefficients = ("initializer_range", "bias_rate", "aux_loss_coef", "z_loss_coef", "norm_eps")
     rules = {
         "time_step_limit": (0 <= low < high, "(low, high) with 0 <= low < high, or None for high"),
         "time_step_min": (0 < ranges[0][0] <= ranges[0][1], "above 0, at most time_step_max"),

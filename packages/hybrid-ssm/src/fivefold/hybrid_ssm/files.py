@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fivefold.hybrid_ssm.config import HybridConfig
 from fivefold.hybrid_ssm.errors import HybridWeightsError
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from fivefold.parallel_core.parameters import Piece
 
 FP8 = torch.float8_e4m3fn
+BIAS = "router.bias"
+"""End of the name of a buffer that files have too."""
 
 
 class ModelFiles:
@@ -134,6 +136,12 @@ def _fill(
     values = files.read(stored.name, tuple(slices))
     target = tensor[to.offset[: len(index)] + to.slices[len(index) :]]
     target.copy_(values.reshape(target.shape))
+
+
+def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """What files hold of a model or a part of it: parameters, and routers' biases, by name."""
+    biases = {name: b for name, b in module.named_buffers() if name.endswith(BIAS)}
+    return {**dict(module.named_parameters()), **biases}
 
 
 def disk_specs(config: HybridConfig, dtypes: Mapping[str, torch.dtype]) -> list[Spec]:

@@ -200,7 +200,7 @@ def _experts(config: HybridConfig, ours: str, theirs: str) -> Iterator[Stored]:
     num, hidden, inner = config.num_experts, config.hidden_size, config.expert_intermediate_size
     yield _whole(f"{theirs}gate.weight", f"{ours}router.weight", (num, hidden))
     name = f"{theirs}gate.e_score_correction_bias"
-    yield _whole(name, f"{ours}router.correction_bias", (num,))
+    yield _whole(name, f"{ours}router.bias", (num,))
     width = hidden if config.latent_size is None else config.latent_size
     for name, mine, shape in (
         ("up_proj", "up", (inner, width)),

@@ -9,7 +9,7 @@ from torch import Tensor
 from fivefold.hybrid_ssm.config import HybridConfig
 
 _ONES = ("norm.weight", "heads.D")
-_ZEROS = (".bias", "correction_bias")
+_ZEROS = (".bias",)
 DRAWN = ("heads.A_log", "heads.dt_bias")
 """Ends of the names of vectors that have distributions of their own."""
 

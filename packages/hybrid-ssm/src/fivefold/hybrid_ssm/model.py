@@ -189,13 +189,13 @@ class HybridForCausalLM(Pretrained):
         return generate(self, input_ids, max_new_tokens, **options)
 
     def initialisation(self, name: str) -> tuple[str, float]:
-        """How the parameter called ``name`` starts; see ``initial.rule``."""
+        """How the parameter or buffer called ``name`` starts; see ``initial.rule``."""
         return rule(self.config, name)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw every parameter that is here anew, with torch's global generator."""
-        for name, parameter in self.named_parameters():
+        """Draw all that is here anew, with torch's global generator."""
+        for name, parameter in (*self.named_parameters(), *self.named_buffers()):
             kind, deviation = self.initialisation(name)
             if parameter.is_meta:
                 continue
@@ -206,6 +206,17 @@ class HybridForCausalLM(Pretrained):
                 parameter.normal_(0.0, deviation)
             else:
                 parameter.fill_(1.0 if kind == "ones" else 0.0)
+
+    def after_step(self, totals: Mapping[str, Tensor]) -> None:
+        """Let the routers here move their biases towards balance.
+
+        Args:
+            totals: side outputs of a step, summed over microbatches and ranks.
+        """
+        for name, layer in self.layers.items():
+            load_e = totals.get(f"load.{name}")
+            if load_e is not None:
+                layer.get_submodule("mixer.router").after_step(load_e)  # type: ignore[operator]
 
     def tie_weights(self) -> None:
         """Make the output layer the embedding again, which moving off the meta device undoes."""

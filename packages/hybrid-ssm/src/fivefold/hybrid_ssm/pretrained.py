@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from fivefold.hybrid_ssm.card import model_card
 from fivefold.hybrid_ssm.config import HybridConfig
 from fivefold.hybrid_ssm.errors import HybridConfigError, HybridInputError, HybridWeightsError
-from fivefold.hybrid_ssm.files import ModelFiles, disk_specs, disk_tensors, load_parameters
+from fivefold.hybrid_ssm.files import (
+    BIAS,
+    ModelFiles,
+    disk_specs,
+    disk_tensors,
+    load_parameters,
+    saved_tensors,
+)
 from fivefold.hybrid_ssm.hf import check_names, stored_tensors
 from fivefold.hybrid_ssm.precision import KeepsFloat32
 from fivefold.parallel_core import hub
@@ -101,7 +108,7 @@ class Pretrained(pretrained.Pretrained):
         self.kept = files.kept(dtype)
 
     def _saved(self) -> tuple[dict[str, Tensor], Mapping[str, tuple[int, ...]]]:
-        return dict(self.named_parameters()), parameter_shapes(self.config)
+        return saved_tensors(self), parameter_shapes(self.config)
 
     def _write(self, folder: Path, saved: Mapping[str, Tensor], max_shard_size: int | str) -> None:
         dtypes = {name: tensor.dtype for name, tensor in saved.items()}
@@ -154,7 +161,13 @@ def _widen(
             wider = torch.promote_types(dtype, files.dtype(homes[f"{prefix}.{key}"]))
             new = nn.Parameter(torch.empty_like(old, dtype=wider), requires_grad=old.requires_grad)
             setattr(module, key, new)
-    parameters = dict(model.named_parameters())
+    for name, tensor in saved_tensors(model).items():
+        if name.endswith(BIAS):
+            wider = torch.promote_types(tensor.dtype, files.dtype(homes[name]))
+            model.get_submodule(name.removesuffix(".bias")).bias = torch.empty_like(
+                tensor, dtype=wider
+            )
+    parameters = saved_tensors(model)
     return [
         type(piece)(piece.name, parameters[piece.name], piece.box, piece.placement, piece.counted)
         for piece in pieces
@@ -162,12 +175,12 @@ def _widen(
 
 
 def parameter_shapes(config: HybridConfig) -> dict[str, tuple[int, ...]]:
-    """Name and whole shape of every parameter of the model."""
+    """Name and whole shape of all that a model's files hold: parameters, and routers' biases."""
     from fivefold.hybrid_ssm.model import HybridForCausalLM
 
     with torch.device("meta"):
         model = HybridForCausalLM(config)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return {name: tuple(tensor.shape) for name, tensor in saved_tensors(model).items()}
 
 
 def write_folder(

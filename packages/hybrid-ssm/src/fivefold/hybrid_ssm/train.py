@@ -75,7 +75,7 @@ def initialise(pieces: Iterable[Piece], config: HybridConfig, seed: int) -> None
     """Draw all parameters, so that the whole model does not depend on the layout.
 
     Args:
-        pieces: what this rank holds.
+        pieces: what this rank holds, buffers too.
         config: the model's.
         seed: of the whole model.
     """
@@ -101,7 +101,7 @@ def build_model(config: RunConfig, topology: Topology) -> ParallelModel:
         data_parallel=training.data_parallel,
         regions=training.recompute,
     )
-    initialise(model.pieces(), config.model, training.seed)
+    initialise([*model.pieces(), *model.buffers()], config.model, training.seed)
     return model
 
 
@@ -146,6 +146,7 @@ def _model_identity(config: HybridConfig) -> dict[str, Any]:
     """What makes it the same model: all but how it is initialised and which losses are added."""
     free = {
         "initializer_range",
+        "bias_rate",
         "aux_loss_coef",
         "z_loss_coef",
         "max_position_embeddings",

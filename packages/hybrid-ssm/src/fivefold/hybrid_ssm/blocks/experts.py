@@ -1,8 +1,9 @@
 """Nemotron 3's mixture of experts, on fivefold-moe's router, dispatcher and folding.
 
 Every token goes through a shared expert and through some routed ones, which may work in a latent
-space of less width. Scores are sigmoids, and a bias that only the choice sees keeps the load even
-(DeepSeek-V3, arXiv 2412.19437, section 2.1.2). Needs the extra ``[moe]``.
+space of less width. Scores are sigmoids, and a bias that only the choice sees, and that moves
+towards balance after every step of training, keeps the load even (arXiv 2408.15664; DeepSeek-V3,
+2412.19437, section 2.1.2). Needs the extra ``[moe]``.
 
 Legend: B sequences, S tokens of a sequence here, N = B * S, E experts, K experts per token,
 T rows (token copies), F expert width, I width of the experts' input, H hidden width.
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 from fivefold.hybrid_ssm.blocks.mlp import MLP
 from fivefold.hybrid_ssm.config import HybridConfig
 from fivefold.hybrid_ssm.memory import ALONE, Context
-from fivefold.hybrid_ssm.precision import KeepsFloat32
 from fivefold.kernels import grouped_mm, relu2
 from fivefold.moe.dispatch import TokenDispatcher
 from fivefold.moe.dispatchers import folded_dispatcher
@@ -22,44 +22,34 @@ from fivefold.moe.router import Router
 from fivefold.moe.router_config import RouterConfig
 from fivefold.parallel_core.losses import SideOutputs
 
-__all__ = ["ExpertsMixer", "Relu2Experts", "SigmoidRouter", "TokenDispatcher", "folded_dispatcher"]
+__all__ = ["ExpertsMixer", "Relu2Experts", "TokenDispatcher", "folded_dispatcher", "make_router"]
 
 
-class SigmoidRouter(KeepsFloat32, Router):
-    """``fivefold.moe``'s router as Nemotron 3 has it: sigmoid scores, a bias for the choice only.
+def make_router(config: HybridConfig, layer: int, side: SideOutputs) -> Router:
+    """``fivefold.moe``'s router as Nemotron 3 has it.
 
-    The bias is a parameter here and not a buffer, as released files bring it and checkpoints and
-    exports have to carry it on.
-
-    Attributes:
-        correction_bias: (E,), in float32 or wider whatever the model is in, without gradient.
+    Its ``bias`` is what files call ``e_score_correction_bias``: a buffer, in float32 or wider
+    whatever the model is in, which ``after_step`` moves by ``config.bias_rate``.
     """
-
-    wide = ("correction_bias",)
-
-    def __init__(self, config: HybridConfig, layer: int, side: SideOutputs):
-        super().__init__(
-            config.num_experts,
-            config.hidden_size,
-            config.num_experts_per_token,
-            side,
-            layer,
-            RouterConfig(
-                score="sigmoid",
-                normalize=config.normalise_weights,
-                scale=config.routed_scaling_factor,
-                num_groups=config.num_expert_groups,
-                groups_per_token=config.num_chosen_groups,
-                aux_loss_coef=config.aux_loss_coef,
-                z_loss_coef=config.z_loss_coef,
-            ),
-            config.initializer_range,
-        )
-        self.correction_bias = nn.Parameter(torch.zeros(config.num_experts), requires_grad=False)
-
-    def choice_bias(self) -> Tensor:
-        """What is added to the scores for the choice (E,)."""
-        return self.correction_bias
+    return Router(
+        config.num_experts,
+        config.hidden_size,
+        config.num_experts_per_token,
+        side,
+        layer,
+        RouterConfig(
+            score="sigmoid",
+            normalize=config.normalise_weights,
+            scale=config.routed_scaling_factor,
+            num_groups=config.num_expert_groups,
+            groups_per_token=config.num_chosen_groups,
+            expert_bias=True,
+            bias_rate=config.bias_rate,
+            aux_loss_coef=config.aux_loss_coef,
+            z_loss_coef=config.z_loss_coef,
+        ),
+        config.initializer_range,
+    )
 
 
 class Relu2Experts(nn.Module):
@@ -102,7 +92,7 @@ class ExpertsMixer(nn.Module):
         super().__init__()
         hidden, bias = config.hidden_size, config.mlp_bias
         width = hidden if config.latent_size is None else config.latent_size
-        self.router = SigmoidRouter(config, layer, side)
+        self.router = make_router(config, layer, side)
         self.dispatcher = TokenDispatcher(config.num_experts)
         self.experts = Relu2Experts(config.num_experts, width, config.expert_intermediate_size)
         self.shared = MLP(hidden, config.shared_intermediate_size, bias)

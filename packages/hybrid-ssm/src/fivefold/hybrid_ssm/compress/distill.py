@@ -240,7 +240,8 @@ def _student(config: RunConfig, folder: Path, topology: Topology) -> ParallelMod
         data_parallel=config.training.data_parallel,
     )
     with hub.SafetensorsReader(folder) as reader:
-        load_parameters(model.pieces(), config.model, ModelFiles(reader))
+        pieces = [*model.pieces(), *model.buffers()]
+        load_parameters(pieces, config.model, ModelFiles(reader))
     return model
 
 

@@ -119,7 +119,7 @@ def pruned_state(
     elif kind == EXPERTS and candidate.experts < parent.num_experts:
         groups = parent.num_expert_groups
         rows = best_in_groups(scores.experts[index], candidate.experts, groups)
-        names = ("router.weight", "router.correction_bias", "experts.up", "experts.down")
+        names = ("router.weight", "router.bias", "experts.up", "experts.down")
         _cut(state, rows, dim0=names)
     elif kind == MAMBA and candidate.mamba_heads < parent.num_mamba_heads:
         if index not in scores.heads:

@@ -97,7 +97,9 @@ class Stream:
         """Fill a module that was made under any device from the files."""
         holder = _held(name, module)
         holder.to(dtype=self.dtype).to_empty(device=self.device)
-        load_parameters(ParameterTable.of(holder).pieces(holder), self.config, self._files)
+        table = ParameterTable.of(holder)
+        pieces = [*table.pieces(holder), *table.buffers(holder)]
+        load_parameters(pieces, self.config, self._files)
         return holder.get_submodule(name).eval().requires_grad_(False)
 
 

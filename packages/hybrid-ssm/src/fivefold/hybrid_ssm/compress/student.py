@@ -12,6 +12,7 @@ from fivefold.hybrid_ssm.compress.importance import Scores
 from fivefold.hybrid_ssm.compress.prune import Candidate, counts_of, pruned_config, pruned_layers
 from fivefold.hybrid_ssm.compress.stream import Stream
 from fivefold.hybrid_ssm.config import HybridConfig
+from fivefold.hybrid_ssm.files import saved_tensors
 from fivefold.hybrid_ssm.model import HybridForCausalLM
 from fivefold.hybrid_ssm.pattern import EXPERTS, LETTERS, MAMBA, MLP
 from fivefold.hybrid_ssm.pretrained import CARD, CONFIG, GENERATION, QUANTISATION, write_folder
@@ -40,7 +41,7 @@ def write_student(parent: Path, candidate: Candidate, scores: Scores, folder: Pa
         config = pruned_config(stream.config, candidate)
         with torch.device("meta"):
             model = HybridForCausalLM(config).to(stream.dtype)
-        dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        dtypes = {name: tensor.dtype for name, tensor in saved_tensors(model).items()}
         write_folder(folder, config, dtypes, _parameters(stream, candidate, scores))
 
 
@@ -50,8 +51,8 @@ def _parameters(
     ends = stream.ends()
     yield next(ends)
     for place, layer in enumerate(pruned_layers(stream, candidate, scores)):
-        for name, parameter in layer.named_parameters():
-            yield f"layers.{place}.{name}", parameter
+        for name, tensor in saved_tensors(layer).items():
+            yield f"layers.{place}.{name}", tensor
     yield from ends
 
 

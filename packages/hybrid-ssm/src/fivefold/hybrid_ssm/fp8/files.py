@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fivefold.hybrid_ssm.card import model_card
-from fivefold.hybrid_ssm.files import disk_specs, disk_tensors
+from fivefold.hybrid_ssm.files import disk_specs, disk_tensors, saved_tensors
 from fivefold.hybrid_ssm.fp8.apply import chosen_products
 from fivefold.hybrid_ssm.fp8.config import FP8Config
 from fivefold.hybrid_ssm.hf import Stored, stored_tensors
@@ -81,7 +81,8 @@ def save_fp8(
     folder = Path(folder)
     chosen = {stored.name: stored for stored in _chosen(model, FP8Config(**options))}
     inputs = _input_scales(chosen, maxima or {})
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    saved = saved_tensors(model)
+    dtypes = {name: tensor.dtype for name, tensor in saved.items()}
     specs = _specs(disk_specs(model.config, dtypes), chosen, inputs)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / CARD).exists():
@@ -89,7 +90,7 @@ def save_fp8(
     described = model.config.to_hf()
     ids = {key: described[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     hub.write_json(folder / GENERATION, {"_from_model_config": True, **ids})
-    tensors = disk_tensors(model.config, model.named_parameters())
+    tensors = disk_tensors(model.config, saved.items())
     hub.write_sharded(folder, specs, _rounded(tensors, chosen, inputs), max_shard_size)
     quantisation = {"quant_algo": "FP8", "kv_cache_quant_algo": None}
     left = _left(model, chosen)
