@@ -93,7 +93,7 @@ def test_a_bias_equals_scores_written_out(shape: tuple[int, ...], backend: str |
     )
 
 
-@pytest.mark.parametrize("backend", ["aten", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "aten", "reference"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -110,7 +110,7 @@ def test_band_equals_a_mask_written_out(options: dict[str, int], backend: str) -
     _same(lambda: attention(**inputs, backend=backend), lambda: eager(**inputs), inputs)
 
 
-@pytest.mark.parametrize("backend", ["aten", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "aten", "reference"])
 def test_a_mask_of_keys_equals_torchs(backend: str) -> None:
     key_mask = torch.rand(2, 3, 13) < 0.5
     key_mask[..., 0] = True
@@ -228,21 +228,41 @@ def test_gradcheck() -> None:
 def test_backends_by_what_they_can() -> None:
     operands = [x[None] for x in _operands(1).values()]
     call = (*operands, None, None, None, None, 0.5)
-    assert op.attention_forward.choose(call) == "aten"
+    assert op.attention_forward.choose(call) == "cpu"
+
+    def refusal(*call: Any) -> str:
+        named = op.attention_forward if len(call) == 8 else op.attention_backward
+        return named.refusal("aten", call) or ""
+
     shared = operands[0].expand(1, 2, 4, 9, 8)
-    empty = (*(x[..., :0, :] for x in operands), *call[3:])
-    assert op.attention_forward.choose(empty) == "reference"
+    assert refusal(*call) == ""
+    assert "empty" in refusal(*(x[..., :0, :] for x in operands), *call[3:])
     out, lse = op.attention_forward(*call, None)
     saved = (*operands, None, None, out, lse, None, None, 0.5)
-    assert op.attention_backward.choose((out, None, *saved, False)) == "aten"
-    assert op.attention_backward.choose((out, lse, *saved, False)) == "reference"
-    assert op.attention_backward.choose((out, None, *saved, True)) == "reference"
+    assert refusal(out, None, *saved, False) == ""
+    assert "log-sum-exp" in refusal(out, lse, *saved, False)
+    assert "bias" in refusal(out, None, *saved, True)
     rows = (shared, operands[1].expand(1, 2, -1, -1, -1), operands[2].expand(1, 2, -1, -1, -1))
     bias, mask = torch.zeros(1, 1, 1, 13, dtype=F64), torch.ones(1, 2, 13).bool()
-    assert op.attention_forward.choose((*rows, bias, None, None, None, 0.5)) == "aten"
-    assert op.attention_forward.choose((*rows, bias, mask, None, None, 0.5)) == "reference"
-    half = (*call[:3], bias.half(), *call[4:])
-    assert "torch.float16" in str(op.attention_forward.refusal("aten", half))
+    assert refusal(*rows, bias, None, None, None, 0.5) == ""
+    assert "spread the bias" in refusal(*rows, bias, mask, None, None, 0.5)
+    assert "torch.float16" in refusal(*call[:3], bias.half(), *call[4:])
+
+
+@pytest.mark.parametrize(("rows", "threads"), [(5, 3), (2, 7), (1, 2)])
+def test_threads_share_the_rows_of_a_bias(rows: int, threads: int) -> None:
+    inputs = _operands(rows, heads=2, keys=1, lengths=(67, 130), width=3)
+    inputs |= {"bias": _leaf(2, 67, 130), "key_mask": torch.rand(rows, 130) < 0.8}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        _same(
+            lambda: attention(**inputs, backend="cpu"),
+            lambda: attention(**inputs, backend="reference"),
+            inputs,
+        )
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_widths_that_no_kernel_takes() -> None:

@@ -17,7 +17,7 @@ from fivefold.kernels.ops.attention.shapes import Leading, Options, check
 
 __all__ = ["Options", "apply", "attention_backward", "attention_forward"]
 
-BACKENDS = ("aten", "triton", "reference")
+BACKENDS = ("cpu", "aten", "triton", "reference")
 
 
 @define("fivefold_kernels", backends=BACKENDS)
