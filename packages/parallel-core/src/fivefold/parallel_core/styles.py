@@ -40,6 +40,7 @@ __all__ = [
     "VocabParallelLoss",
     "head_copies",
     "pad_rows",
+    "rows_with_copies",
     "shard_parameter",
 ]
 
@@ -103,7 +104,7 @@ class ColumnParallel(Style):
         for key, linear in linears.items():
             prefix = f"{name}.{key}" if key else name
             copies = head_copies(self.heads[key], axis, prefix) if key in self.heads else 1
-            sharded, partial = _rows_with_copies(axis, copies)
+            sharded, partial = rows_with_copies(axis, copies)
             for parameter, value in list(linear.named_parameters()):
                 placement = _placement(value, sharded, partial=partial)
                 shard_parameter(linear, prefix, parameter, table, placement)
@@ -126,10 +127,15 @@ def head_copies(num_heads: int, axis: Axis, name: str) -> int:
     return axis.size // num_heads
 
 
-def _rows_with_copies(
+def rows_with_copies(
     axis: Axis, copies: int
 ) -> tuple[tuple[tuple[int, str], ...], tuple[str, ...]]:
-    """Where rows are sharded and where their gradient is partial, with so many copies of each."""
+    """Where rows are sharded and where their gradient is partial, with so many copies of each.
+
+    Args:
+        axis: the ranks.
+        copies: see ``head_copies``.
+    """
     if copies == 1:
         return ((0, axis.name),), ()
     if copies == axis.size:
