@@ -16,6 +16,8 @@ from .law import MODEL, STEPS, Case, Record, Verdict, judge, plain_run, with_mod
 PLAIN = with_model(pattern="MM", model_type="mamba2", hidden_size=24)
 TIED = with_model(tie_word_embeddings=True)
 BIASES = with_model(use_bias=True, mlp_bias=True, latent_size=None)
+TWO_GROUPS = with_model(num_groups=2, use_bias=True)
+ONE_GROUP = with_model(num_groups=1, pattern="M*", use_conv_bias=False)
 ONE_KEY_HEAD = with_model(num_key_value_heads=1)
 STATES_ZIGZAG = HybridContextConfig(split="zigzag")
 HEADS = HybridContextConfig(attention="heads", mamba="heads")
@@ -41,6 +43,9 @@ CASES = [
     case(2, BIASES, pp=2, ep=1, packed=True),
     case(4, tp=2, pp=2, ep=2, stages_per_rank=2),
     case(4, PLAIN, tp=2, cp=2),
+    case(4, TWO_GROUPS, tp=4, packed=True),
+    case(4, ONE_GROUP, tp=2, cp=2, context=HEADS_ZIGZAG, packed=True),
+    case(4, with_model(num_groups=1, pattern="MM"), tp=4, recompute="full"),
     case(8, ONE_KEY_HEAD, tp=2, cp=2, pp=2, ep=2, microbatch_size=4, packed=True),
 ]
 
@@ -85,7 +90,16 @@ def test_check_passes_what_runs(case: Case) -> None:
 @pytest.mark.parametrize(
     ("changes", "degrees", "message"),
     [
-        ({}, {"tp": 8}, r"num_groups=4 cannot be split over tp=8; tp may be 1, 2, 4$"),
+        (
+            {"pattern": "M", "num_groups": 3, "num_mamba_heads": 12},
+            {"tp": 2},
+            r"num_groups=3 cannot be split over tp=2; tp may be a divisor or a multiple of 3$",
+        ),
+        (
+            {"pattern": "M", "num_mamba_heads": 12},
+            {"tp": 8},
+            r"num_mamba_heads=12 cannot be split over tp=8; tp may be 1, 2, 3, 4, 6, 12$",
+        ),
         (
             {"pattern": "*", "num_attention_heads": 6, "head_dim": 4, "num_key_value_heads": 6},
             {"tp": 4},

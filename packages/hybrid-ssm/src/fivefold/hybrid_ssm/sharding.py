@@ -1,9 +1,9 @@
 """How the model lies over the ranks: one line for each kind of module.
 
-Mamba-2 is split over "tp" by heads and groups, attention by heads, MLPs by width, experts over
-(etp, ep, edp, pp). Between the layers the sequence is split over tp and cp (sequence parallelism),
-so each rank's tokens are its own. Within a Mamba layer "cp" either exchanges tokens for heads or
-lets states pass.
+Mamba-2 is split over "tp" by heads (see ``groups``), attention by heads, MLPs by width, experts
+over (etp, ep, edp, pp). Between the layers the sequence is split over tp and cp (sequence
+parallelism), so each rank's tokens are its own. Within a Mamba layer "cp" either exchanges tokens
+for heads or lets states pass.
 """
 
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from typing import Literal
 
 from torch import nn
 
-from fivefold.hybrid_ssm.blocks.mamba import Heads, MambaCore
+from fivefold.hybrid_ssm.blocks.mamba import MambaCore
 from fivefold.hybrid_ssm.config import HybridConfig
 from fivefold.hybrid_ssm.context import HeadsMamba, StatesMamba
 from fivefold.hybrid_ssm.errors import HybridConfigError
-from fivefold.hybrid_ssm.norm import GatedNorm
+from fivefold.hybrid_ssm.groups import HeadsParallel
 from fivefold.hybrid_ssm.pattern import ATTENTION, EXPERTS, MAMBA, MLP
 from fivefold.parallel_core.config import Config
 from fivefold.parallel_core.layout import Layout
@@ -62,23 +62,6 @@ class HybridContextConfig(Config):
     def of_attention(self) -> ContextConfig:
         """The part that attention knows."""
         return ContextConfig(attention=self.attention, split=self.split)
-
-
-@dataclass(frozen=True)
-class FirstDimParallel(Style):
-    """All parameters of a module split along their first dim: heads, groups, and their channels."""
-
-    axis: str = "tp"
-
-    def apply(self, module: nn.Module, name: str, table: ParameterTable) -> nn.Module:
-        """Cut every parameter below the module."""
-        self._expect(module, name, Heads, GatedNorm)
-        for key, parameter in list(module.named_parameters()):
-            path, _, last = key.rpartition(".")
-            prefix = f"{name}.{path}" if path else name
-            placement = Placement(shape=tuple(parameter.shape), sharded=((0, self.axis),))
-            shard_parameter(module.get_submodule(path), prefix, last, table, placement)
-        return module
 
 
 @dataclass(frozen=True)
@@ -158,9 +141,9 @@ def plan(config: HybridConfig, context: HybridContextConfig | None = None) -> Pl
         lines[f"{mixer}core"] = MixerCore(context)
     if MAMBA in config.pattern:
         lines |= {
-            f"{mixer}in_proj": ColumnParallel(),
-            f"{mixer}heads": FirstDimParallel(),
-            f"{mixer}norm": FirstDimParallel(),
+            f"{mixer}in_proj": ColumnParallel(heads=dict.fromkeys("bc", config.num_groups)),
+            f"{mixer}heads": HeadsParallel(config.num_groups),
+            f"{mixer}norm": HeadsParallel(config.num_groups),
             f"{mixer}out_proj": RowParallel(),
         }
     if ATTENTION in config.pattern:
@@ -215,8 +198,10 @@ def check(
         if context.attention == "heads":
             of_rank = max(config.num_key_value_heads // layout.tp, 1)
             _check_shared("num_key_value_heads of a tensor rank", of_rank, "cp", layout.cp)
+    if MAMBA in config.pattern:
+        _check_shared("num_groups", config.num_groups, "tp", layout.tp)
     if MAMBA in config.pattern and layout.cp > 1 and context.mamba == "heads":
-        of_rank = config.num_groups // layout.tp
+        of_rank = max(config.num_groups // layout.tp, 1)
         _check_shared("num_groups of a tensor rank", of_rank, "cp", layout.cp)
     if sequence_length is not None:
         check_split(sequence_length, layout.cp, context.split)
@@ -234,10 +219,9 @@ def _sizes(
     if sequence_length is not None:
         sizes.append(("sequence_length", sequence_length, "tp*cp", layout.tp * layout.cp))
     if MAMBA in config.pattern:
-        sizes.append(("num_groups", config.num_groups, "tp", layout.tp))
-        if layout.cp > 1 and context.mamba == "heads":
-            both = layout.tp * layout.cp
-            sizes.append(("num_mamba_heads", config.num_mamba_heads, "tp*cp", both))
+        both = layout.tp * (layout.cp if context.mamba == "heads" else 1)
+        axis = "tp" if both == layout.tp else "tp*cp"
+        sizes.append(("num_mamba_heads", config.num_mamba_heads, axis, both))
     if ATTENTION in config.pattern:
         both = layout.tp * (layout.cp if context.attention == "heads" else 1)
         axis = "tp" if both == layout.tp else "tp*cp"
