@@ -1,5 +1,6 @@
-"""Rows on their way to other ranks while this one does something else, forward and backward."""
+"""Tensors on their way to other ranks while this one does something else, forward and backward."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,44 +32,74 @@ def start_all_to_all(
     """
     if axis.size == 1:
         return lambda: x
-    journey = _Journey(list(output_splits), list(input_splits), axis)
-    coming = _Start.apply(x, journey)
-    return lambda: _Wait.apply(coming, journey)
+    return start(x, _Rows(list(output_splits), list(input_splits), axis))
 
 
-class _Journey:
+class Journey(ABC):
     """One exchange there and, of gradients, one back."""
 
-    def __init__(self, output_splits: list[int], input_splits: list[int], axis: Axis):
-        self._there, self._back, self._axis = output_splits, input_splits, axis
-        self._under_way: tuple[Tensor, Tensor, Any] | None = None
+    def __init__(self) -> None:
+        self._under_way: tuple[Tensor, Tensor, Any, bool] | None = None
 
-    def set_out(self, x: Tensor, *, back: bool = False) -> Tensor:
-        """Begin; the tensor that the rows will be in."""
+    @abstractmethod
+    def send(self, x: Tensor, back: bool) -> tuple[Tensor, Tensor, Any]:
+        """Begin to exchange ``x``, without gradient.
+
+        Returns:
+            What is received into, what is sent, and the work to wait for.
+        """
+
+    def unpack(self, received: Tensor, back: bool) -> Tensor:
+        """What the caller gets of what was received into."""
+        return received
+
+    def set_out(self, x: Tensor, *, back: bool = False) -> None:
+        """Begin."""
+        # What is being sent must live as long as the exchange.
+        self._under_way = (*self.send(x.detach(), back), back)
+
+    def arrive(self) -> Tensor:
+        """Wait; what came."""
+        if self._under_way is None:
+            raise RuntimeError("rows that are there already were waited for again")
+        received, _, work, back = self._under_way
+        self._under_way = None
+        work.wait()
+        return self.unpack(received, back)
+
+
+def start(x: Tensor, journey: Journey) -> Callable[[], Tensor]:
+    """Let ``x`` set out; what is returned waits and gives what came, once.
+
+    Gradients make the journey back, as in ``start_all_to_all``.
+    """
+    token = _Start.apply(x, journey)
+    return lambda: _Wait.apply(token, journey)
+
+
+class _Rows(Journey):
+    """Rows for each rank."""
+
+    def __init__(self, output_splits: list[int], input_splits: list[int], axis: Axis):
+        super().__init__()
+        self._there, self._back, self._axis = output_splits, input_splits, axis
+
+    def send(self, x: Tensor, back: bool) -> tuple[Tensor, Tensor, Any]:
         to, of = (self._back, self._there) if back else (self._there, self._back)
-        x = x.detach().contiguous()
+        x = x.contiguous()
         out = x.new_empty((sum(to), *x.shape[1:]))
         with labelled(self._axis.name):
             work = dist.all_to_all_single(out, x, to, of, group=self._axis.group, async_op=True)
-        # What is being sent must live as long as the exchange.
-        self._under_way = (out, x, work)
-        return out
-
-    def arrive(self) -> Tensor:
-        """Wait; the rows."""
-        if self._under_way is None:
-            raise RuntimeError("rows that are there already were waited for again")
-        out, _, work = self._under_way
-        self._under_way = None
-        work.wait()
-        return out
+        return out, x, work
 
 
 class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, journey: _Journey) -> Tensor:
+    def forward(ctx: Any, x: Tensor, journey: Journey) -> Tensor:
         ctx.journey = journey
-        return journey.set_out(x)
+        journey.set_out(x)
+        # Only ties the halves together; what comes has another shape than what goes.
+        return x.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -78,12 +109,11 @@ class _Start(torch.autograd.Function):
 
 class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, coming: Tensor, journey: _Journey) -> Tensor:
+    def forward(ctx: Any, token: Tensor, journey: Journey) -> Tensor:
         ctx.journey = journey
-        rows = journey.arrive()
-        return rows.view_as(rows)
+        return journey.arrive()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         ctx.journey.set_out(grads[0], back=True)
-        return grads[0], None
+        return grads[0].new_empty(0), None
