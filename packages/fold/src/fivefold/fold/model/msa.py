@@ -6,7 +6,7 @@ Legend: any leading dims, S sequences, N residues, C channels, H heads.
 import torch
 from torch import Tensor, nn
 
-from fivefold.fold.model.primitives import Attention, LayerNorm, Linear, in_chunks
+from fivefold.fold.model.primitives import Attention, Bias, LayerNorm, Linear, in_chunks
 
 
 class MSARowAttentionWithPairBias(nn.Module):
@@ -30,7 +30,16 @@ class MSARowAttentionWithPairBias(nn.Module):
         self, m: Tensor, z: Tensor, key_mask: Tensor | None, chunk_size: int | None = None
     ) -> Tensor:
         """The update of m (..., S, N, C) by z (..., N, N, C); key_mask (..., S, N) bool."""
-        bias = self.linear_z(self.layer_norm_z(z)).movedim(-1, -3).unsqueeze(-4)
+        return self.attend(m, self.bias(z), key_mask, chunk_size)
+
+    def bias(self, z: Tensor) -> Tensor:
+        """What z (..., N, N, C) adds to the scores, (..., 1, H, N, N)."""
+        return self.linear_z(self.layer_norm_z(z)).movedim(-1, -3).unsqueeze(-4)
+
+    def attend(
+        self, m: Tensor, bias: Bias, key_mask: Tensor | None, chunk_size: int | None = None
+    ) -> Tensor:
+        """The update of rows of m, with the bias of all pairs."""
 
         def some_rows(m: Tensor, key_mask: Tensor | None) -> Tensor:
             mask = None if key_mask is None else key_mask.squeeze(-1)
@@ -133,10 +142,20 @@ class OuterProductMean(nn.Module):
 
     def forward(self, m: Tensor, mask: Tensor, chunk_size: int | None = None) -> Tensor:
         """The update (..., N, N, C) of the pairs from m (..., S, N, C) and mask (..., S, N)."""
+        a_snc, b_snd = self.sides(m, mask)
+        return self.combine(a_snc, b_snd, mask.mT @ mask, chunk_size)
+
+    def sides(self, m: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Both sides of the product (..., S, N, C)."""
         ab = self.linear_ab(self.layer_norm(m)) * mask.unsqueeze(-1)
-        a_snc, b_snd = ab.chunk(2, -1)
+        a, b = ab.chunk(2, -1)
+        return a, b
+
+    def combine(
+        self, a_snc: Tensor, b_snd: Tensor, counts: Tensor, chunk_size: int | None = None
+    ) -> Tensor:
+        """The update of the pairs, of which counts (..., I, J) says how many sequences see both."""
         b = b_snd.flatten(-2)
-        counts = (mask.mT @ mask).unsqueeze(-1)
 
         def some_residues(a_isc: Tensor, counts: Tensor) -> Tensor:
             a = a_isc.transpose(-2, -3).flatten(-2)
@@ -145,7 +164,8 @@ class OuterProductMean(nn.Module):
             outer = outer.unflatten(-3, (-1, a_isc.shape[-1])).transpose(-2, -3)
             return self.linear_out(outer.flatten(-2)) / (counts + 1e-3)
 
-        return in_chunks(some_residues, (a_snc.transpose(-2, -3), counts), chunk_size)
+        inputs = (a_snc.transpose(-2, -3), counts.unsqueeze(-1))
+        return in_chunks(some_residues, inputs, chunk_size)
 
 
 def _with_channel(mask: Tensor | None) -> Tensor | None:

@@ -3,10 +3,12 @@
 Legend: any leading dims, N residues, C channels, H heads.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from fivefold.fold.model.primitives import Attention, LayerNorm, Linear, fill, in_chunks
+from fivefold.fold.model.primitives import Attention, Bias, LayerNorm, Linear, fill, in_chunks
 
 
 class TriangleMultiplication(nn.Module):
@@ -33,15 +35,24 @@ class TriangleMultiplication(nn.Module):
 
     def forward(self, z: Tensor, mask: Tensor, chunk_size: int | None = None) -> Tensor:
         """The update of z (..., N, N, C) where mask (..., N, N) is 1."""
+        z, a_cik, b_cjk = self.edges(z, mask)
+        return self.combine(z, a_cik, lambda: b_cjk, chunk_size)
+
+    def edges(self, z: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The normalised z and both sides of the product, (..., C, I, K) and (..., C, J, K)."""
         z = self.layer_norm_in(z)
-        a_cik, b_cjk = self.linear_abg(z, mask)
-        if not self.outgoing:
-            a_cik, b_cjk = a_cik.mT, b_cjk.mT
+        a, b = self.linear_abg(z, mask)
+        return (z, a, b) if self.outgoing else (z, a.mT, b.mT)
+
+    def combine(
+        self, z: Tensor, a_cik: Tensor, b_cjk: Callable[[], Tensor], chunk_size: int | None = None
+    ) -> Tensor:
+        """The update of the normalised z (..., I, J, C); the second side is asked for late."""
 
         def some_rows(z: Tensor, a_ikc: Tensor) -> Tensor:
-            product_ijc = (a_ikc.movedim(-1, -3) @ b_cjk.mT).movedim(-3, -1)
-            out = self.linear_z(self.layer_norm_out(product_ijc))
-            return out * torch.sigmoid(self.linear_g(z))
+            gate = torch.sigmoid(self.linear_g(z))
+            product_ijc = (a_ikc.movedim(-1, -3) @ b_cjk().mT).movedim(-3, -1)
+            return self.linear_z(self.layer_norm_out(product_ijc)) * gate
 
         return in_chunks(some_rows, (z, a_cik.movedim(-3, -1)), chunk_size)
 
@@ -93,7 +104,16 @@ class TriangleAttentionStartingNode(nn.Module):
     def forward(self, z: Tensor, key_mask: Tensor | None, chunk_size: int | None = None) -> Tensor:
         """The update of z (..., N, N, C); key_mask (..., N, N) bool."""
         z = self.layer_norm(z)
-        bias = self.linear_bias(z).movedim(-1, -3).unsqueeze(-4)
+        return self.attend(z, self.bias(z), key_mask, chunk_size)
+
+    def bias(self, z: Tensor) -> Tensor:
+        """What the normalised z adds to the scores, (..., 1, H, N, N)."""
+        return self.linear_bias(z).movedim(-1, -3).unsqueeze(-4)
+
+    def attend(
+        self, z: Tensor, bias: Bias, key_mask: Tensor | None, chunk_size: int | None = None
+    ) -> Tensor:
+        """The update of rows of the normalised z, with the bias of all."""
 
         def some_rows(z: Tensor, key_mask: Tensor | None) -> Tensor:
             mask = None if key_mask is None else key_mask.squeeze(-1)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from fivefold.kernels import attention, layer_norm
 
 Init = Literal["linear", "relu", "glorot", "gate", "zero"]
+Bias = Tensor | Callable[[], Tensor] | None
+"""What is added to scores; a function gives it when it is needed, which may be some time off."""
 
 
 class Linear(nn.Linear):
@@ -122,10 +124,11 @@ class Attention(nn.Module):
         """Gates begin open."""
         nn.init.ones_(self.gate_bias)
 
-    def forward(self, x: Tensor, bias: Tensor | None, key_mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, bias: Bias, key_mask: Tensor | None) -> Tensor:
         """Attend along the second last dim of x (..., T, C); bias and mask as ``AttentionCore``."""
         qkvg = self.linear_qkvg(x).unflatten(-1, (4, self.num_heads, -1))
         query, key, value, gate = (y.transpose(-2, -3) for y in qkvg.unbind(-3))
+        bias = bias() if callable(bias) else bias
         out = self.core(query, key, value, bias, key_mask).transpose(-2, -3).flatten(-2)
         return self.linear_o(
             out * torch.sigmoid(gate.transpose(-2, -3).flatten(-2) + self.gate_bias)
