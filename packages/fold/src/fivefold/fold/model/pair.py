@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fivefold import kernels
 from fivefold.fold.model.primitives import Attention, Bias, LayerNorm, Linear, fill, in_chunks
 
 
@@ -57,7 +58,7 @@ class TriangleMultiplication(nn.Module):
         return in_chunks(some_rows, (z, a_cik.movedim(-3, -1)), chunk_size)
 
 
-class GatedPair(nn.Linear):
+class GatedPair(kernels.Linear):
     """Two gated projections: a, b, gate of a and gate of b, in this order along the output.
 
     Args:
@@ -79,11 +80,12 @@ class GatedPair(nn.Linear):
 
     def forward(self, z: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Of z (..., I, J, c_z) both projections (..., c_hidden, I, J), 0 where mask is."""
-        both = self.weight @ z.flatten(-3, -2).mT + self.bias.unsqueeze(-1)
-        value, gate = both.chunk(2, -2)
-        gated = value * torch.sigmoid(gate) * mask.flatten(-2).unsqueeze(-2)
-        a, b = gated.unflatten(-1, z.shape[-3:-1]).chunk(2, -3)
-        return a, b
+        # Weights times positions: that way round channels come first.
+        both = kernels.linear(self.weight, z.flatten(0, -2)) + self.bias.unsqueeze(-1)
+        value, gate = both.chunk(2)
+        gated = value * torch.sigmoid(gate) * mask.flatten()
+        a, b = gated.unflatten(-1, z.shape[:-1]).chunk(2)
+        return a.movedim(0, -3), b.movedim(0, -3)
 
 
 class TriangleAttentionStartingNode(nn.Module):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fivefold import kernels
 from fivefold.kernels import attention, layer_norm
 
 Init = Literal["linear", "relu", "glorot", "gate", "zero"]
@@ -19,7 +20,7 @@ Bias = Tensor | Callable[[], Tensor] | None
 """What is added to scores; a function gives it when it is needed, which may be some time off."""
 
 
-class Linear(nn.Linear):
+class Linear(kernels.Linear):
     """A linear layer that begins as the supplement says (section 1.11.4).
 
     Args:
@@ -135,7 +136,7 @@ class Attention(nn.Module):
         )
 
 
-class QKVG(nn.Linear):
+class QKVG(kernels.Linear):
     """Queries, keys, values and gates in one product, in this order along the output.
 
     Args:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fivefold import kernels
 from fivefold.fold.config import AlphaFoldConfig, TemplateConfig
 from fivefold.fold.geometry.atoms import distogram
 from fivefold.fold.geometry.torsions import atom37_to_torsions
@@ -114,7 +115,7 @@ class TemplatePointwiseAttention(nn.Module):
         return out * any_template[..., None, None, None]
 
 
-class KeysAndValues(nn.Linear):
+class KeysAndValues(kernels.Linear):
     """Keys and values in one product.
 
     Args:
