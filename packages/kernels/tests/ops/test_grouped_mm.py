@@ -1,6 +1,6 @@
 """``grouped_mm`` on every backend, and what it shares with torch's own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from unittest.mock import patch
 
 import pytest
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from fivefold.kernels.errors import BackendError, KernelInputError
-from fivefold.kernels.ops.grouped_mm import grouped_mm, op, reference, triton
+from fivefold.kernels.ops.grouped_mm import aten, grouped_mm, onednn, op, reference, triton
 from fivefold.kernels.ops.grouped_mm.samples import SAMPLES
 from fivefold.kernels.samples import Maker, Sample
 from fivefold.kernels.testing import TOLERANCES, assert_close, checks, op_tests
@@ -55,6 +55,14 @@ def gathered(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     return torch.einsum("tk,tnk->tn", x, weight[group])
 
 
+@pytest.fixture
+def by_torch() -> Iterator[None]:
+    """A CPU whose float32 is not oneDNN's."""
+    with patch.object(onednn, "faster", lambda x: False):
+        yield
+
+
+@pytest.mark.usefixtures("by_torch")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 def test_torch_kernel(counts: list[int], dtype: torch.dtype) -> None:
@@ -67,12 +75,60 @@ def test_torch_kernel(counts: list[int], dtype: torch.dtype) -> None:
     assert torch.equal(found, reference.grouped_mm(*inputs))
     dy = torch.randn_like(found)
     gradients = torch.autograd.grad(found, (x, weight), dy)
-    assert torch.equal(gradients[1].mT, reference.grouped_outer(x.mT, dy, offs, dtype))
+    assert torch.equal(gradients[1], reference.grouped_outer(dy.mT, x, offs, dtype))
     wide = [t.detach().double().requires_grad_() for t in (x, weight)]
     expected = torch.autograd.grad(gathered(*wide, offs), wide, dy.double())
     for name, gradient, right in zip(("x", "weight"), gradients, expected, strict=True):
         assert gradient.dtype == dtype
         assert_close(name, gradient, right, dtype)
+
+
+@pytest.fixture
+def by_onednn() -> Iterator[None]:
+    """A CPU whose float32 is oneDNN's."""
+    with patch.object(onednn, "faster", lambda x: x.dtype == torch.float32):
+        yield
+
+
+@pytest.mark.usefixtures("by_onednn")
+@pytest.mark.parametrize(("inner", "outer"), [(16, 8), (15, 7), (1, 1)], ids=str)
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+def test_onednn(counts: list[int], inner: int, outer: int) -> None:
+    """In any sizes; rows behind the last group are zeros, and so is what their gradient gives."""
+    x, weight, offs = operands(counts, inner, outer)
+    longer = torch.cat([x.detach(), torch.full((2, inner), 7.0)]).requires_grad_()
+    dy = torch.randn(len(longer), outer)
+    y = grouped_mm(longer, weight.mT, offs=offs, backend="aten")
+    y.backward(dy)
+    assert not y[len(x) :].any()
+    a, b = (each.detach().double().requires_grad_() for each in (x, weight))
+    expected = gathered(a, b, offs)
+    expected.backward(dy[: len(x)].double())
+    assert_close("y", y[: len(x)], expected, torch.float32)
+    assert longer.grad is not None and not longer.grad[len(x) :].any()
+    assert_close("x", longer.grad[: len(x)], a.grad, torch.float32)
+    assert_close("weight", weight.grad, b.grad, torch.float32)
+
+
+@pytest.mark.usefixtures("by_onednn")
+def test_onednn_refuses_nothing_but_emptiness_and_other_dtypes() -> None:
+    for inner, dtype, refused in ((0, torch.float32, True), (15, torch.bfloat16, True)):
+        x, weight, offs = operands([2, 1], inner, 8, dtype)
+        reason = aten.refuses("grouped_mm", x, weight.mT, offs, dtype)
+        assert (reason is not None) == refused
+    x, weight, offs = operands([2, 1], 15, 7)
+    assert aten.refuses("grouped_mm", x, weight.mT, offs, torch.float32) is None
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_gradient_of_matrices_is_laid_out_as_they_are(transposed: bool, backend: str) -> None:
+    x, weight, offs = operands([2, 0, 3])
+    matrices = weight.detach().mT if transposed else weight.detach().mT.contiguous()
+    matrices.requires_grad_()
+    y = grouped_mm(x.detach(), matrices, offs=offs, backend=backend)
+    (found,) = torch.autograd.grad(y, matrices, torch.ones_like(y))
+    assert found.stride() == matrices.stride()
 
 
 def test_torch_kernel_runs_the_backward_too() -> None:
@@ -100,6 +156,7 @@ def test_torch_kernel_leaves_no_garbage_after_the_last_group() -> None:
     assert weight.grad is not None and weight.grad.isfinite().all()
 
 
+@pytest.mark.usefixtures("by_torch")
 @pytest.mark.parametrize(
     ("inner", "outer", "dtype"),
     [(15, 8, torch.float32), (16, 7, torch.bfloat16), (16, 8, torch.float64)],

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from fivefold.kernels import attention
+from fivefold.kernels import Linear, attention
 from fivefold.moe.cache import LayerCache
 from fivefold.moe.config import MoEConfig
 from fivefold.moe.norm import RMSNorm
@@ -106,14 +106,14 @@ class Attention(nn.Module):
         widths = {"q_proj": query_width, "k_proj": key_width, "v_proj": key_width}
         self.qkv = LinearGroup(
             {
-                name: nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
+                name: Linear(config.hidden_size, width, bias=config.qkv_bias)
                 for name, width in widths.items()
             }
         )
         self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.core = AttentionCore(config.sliding_window)
-        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
+        self.o_proj = Linear(query_width, config.hidden_size, bias=False)
 
     def forward(
         self,

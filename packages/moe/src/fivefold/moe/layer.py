@@ -8,6 +8,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from fivefold.kernels import Linear
 from fivefold.moe.capacity import Capacity
 from fivefold.moe.config import MoEConfig
 from fivefold.moe.dispatch import TokenDispatcher
@@ -64,7 +65,7 @@ class MoELayer(nn.Module):
         )
         width, hidden = config.shared_intermediate_size, config.hidden_size
         self.shared = GatedMLP(hidden, width) if width else None
-        self.shared_gate = nn.Linear(hidden, 1, bias=False) if config.shared_gate else None
+        self.shared_gate = Linear(hidden, 1, bias=False) if config.shared_gate else None
         self.initializer_range = config.initializer_range
         self._reset_shared()
 

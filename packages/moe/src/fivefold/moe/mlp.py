@@ -5,7 +5,7 @@ Legend: H hidden width, F inner width.
 
 from torch import Tensor, nn
 
-from fivefold.kernels import swiglu
+from fivefold.kernels import Linear, swiglu
 from fivefold.parallel_core.linear_group import LinearGroup
 
 
@@ -21,11 +21,11 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.gate_up = LinearGroup(
             {
-                "gate_proj": nn.Linear(hidden_size, intermediate_size, bias=False),
-                "up_proj": nn.Linear(hidden_size, intermediate_size, bias=False),
+                "gate_proj": Linear(hidden_size, intermediate_size, bias=False),
+                "up_proj": Linear(hidden_size, intermediate_size, bias=False),
             }
         )
-        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.down = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Hidden states (..., H) to (..., H)."""

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from fivefold.kernels import Linear
 from fivefold.moe.attention import Attention, Rotation
 from fivefold.moe.cache import KVCache, LayerCache
 from fivefold.moe.config import MoEConfig
@@ -101,7 +102,7 @@ class MoEForCausalLM(Pretrained):
                 {str(i): DecoderLayer(config, i, self.side) for i in range(config.num_layers)}
             )
             self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.to_empty(device=device)
         self.loss: nn.Module = TokenLoss()
         self.tie_weights()

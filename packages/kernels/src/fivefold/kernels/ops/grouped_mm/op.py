@@ -53,6 +53,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.dtype = mat_a.dtype
     # What only the gradient of a frozen operand would need is not kept.
     wants_a, wants_b = ctx.needs_input_grad[:2]
+    ctx.transposed = mat_b.stride(-2) < mat_b.stride(-1)
     ctx.save_for_backward(mat_a if wants_b else None, mat_b if wants_a else None, offs)
 
 
@@ -62,7 +63,10 @@ def _mm_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     da = db = None
     if ctx.needs_input_grad[0]:
         da = grouped_mm(dy, mat_b.mT, offs, dtype, ctx.backend)
-    if ctx.needs_input_grad[1]:
+    if ctx.needs_input_grad[1] and ctx.transposed:
+        # Laid out as the matrices are, or autograd would copy all of it to lay it out so.
+        db = grouped_outer(dy.mT, mat_a, offs, dtype, ctx.backend).mT
+    elif ctx.needs_input_grad[1]:
         db = grouped_outer(mat_a.mT, dy, offs, dtype, ctx.backend)
     return da, db, None, None, None
 
