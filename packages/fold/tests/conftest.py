@@ -13,7 +13,7 @@ from fivefold.fold.params.convert import from_alphafold
 from fivefold.fold.params.names import table
 
 ORACLE = Path(__file__).parent / "oracle"
-sys.path.insert(0, str(ORACLE))
+sys.path[:0] = [str(ORACLE), str(ORACLE.parent)]
 
 from fold_network import alphafold_arrays, cycle_features, oracle_config, tiny_config  # noqa: E402
 

@@ -92,7 +92,7 @@ def build_model(config: RunConfig, topology: Topology) -> ParallelModel:
     parallelize(
         model,
         topology,
-        sharding.plan(),
+        sharding.plan(config.model),
         training.precision,
         table,
         regions=training.recompute,
