@@ -84,6 +84,34 @@ def test_all_else_is_torchs_own_way(monkeypatch, chosen, inputs):
     assert chosen == []
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_few_rows_without_gradients_are_read_in_cpp(monkeypatch, rows, dtype):
+    monkeypatch.setattr(op, "FEWEST_WEIGHTS", 6 * 80)
+    monkeypatch.setattr(op, "mkl_is_slow", lambda: True)
+    found = []
+    made = op.linear_forward.implementation
+    monkeypatch.setattr(
+        op.linear_forward, "implementation", lambda backend: found.append(backend) or made(backend)
+    )
+    inputs = operands(1, rows, 80, dtype=dtype)
+    with torch.no_grad():
+        y, expected = linear(*inputs), F.linear(*inputs)
+    torch.testing.assert_close(y, expected)
+    most = {torch.float32: 7, torch.bfloat16: 3}.get(dtype, 0)
+    assert found == ["cpu"] * (rows <= most)
+    linear(*inputs)
+    linear(inputs[0].detach(), inputs[1].detach().t().contiguous().t())
+    assert "cpu" not in found[1:], "gradients, and weights in columns"
+
+
+def test_weights_with_gaps_between_their_rows():
+    x, weight, bias = operands(3, 70, width=100)
+    part = weight.detach()[::2, :37]
+    found = linear(x[:, :37].detach(), part, bias[::2].detach(), backend="cpu")
+    torch.testing.assert_close(found, F.linear(x[:, :37], part, bias[::2]).detach())
+
+
 @pytest.mark.parametrize("frozen", [0, 1], ids=["input", "weight"])
 def test_what_only_a_frozen_operand_needs_is_not_kept(slow, frozen):
     inputs = operands(9, 5)

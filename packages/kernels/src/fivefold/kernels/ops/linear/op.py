@@ -15,9 +15,13 @@ from fivefold.kernels.backends import asked_everywhere
 from fivefold.kernels.errors import KernelInputError
 from fivefold.kernels.op import define
 
-BACKENDS = ("aten", "reference")
+BACKENDS = ("aten", "cpu", "reference")
 FEWEST_ROWS = 8
-"""Of fewer rows MKL makes the product faster: reading the weights is all there is to do."""
+"""Of fewer rows oneDNN has no use: reading the weights is all there is to do."""
+MOST_ROWS = {torch.float32: 7, torch.bfloat16: 3}
+"""Up to so many rows C++ reads the weights faster than torch, twice as fast for one row."""
+FEWEST_WEIGHTS = 2**16
+"""Of fewer weights the way to the op takes what it gains."""
 FEWEST_PRODUCTS = 2**22
 """Of fewer multiplications, a twentieth of a millisecond, the way to the op takes what it gains."""
 
@@ -48,6 +52,8 @@ linear_forward.differentiate(_save, _backward, repeatedly=True)
 def apply(input: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> Tensor:
     """See ``linear``: follow autocast, take torch's own way or rows and the op."""
     x, weight, bias = as_autocast(input, weight, bias)
+    if backend is None and asked_everywhere() is None and _is_reading(x, weight, bias):
+        backend = "cpu"
     if backend is None and asked_everywhere() is None and not _worthwhile(x, weight):
         return F.linear(x, weight, bias)
     check(x, weight, bias)
@@ -80,6 +86,23 @@ def _worthwhile(x: Tensor, weight: Tensor) -> bool:
         and x.numel() >= FEWEST_ROWS * x.shape[-1]
         and x.numel() * weight.shape[0] >= FEWEST_PRODUCTS
         and mkl_is_slow()
+    )
+
+
+def _is_reading(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether rows are so few that weights are read for nothing else; not where gradients are."""
+    return (
+        not torch.is_grad_enabled()
+        and x.device.type == "cpu"
+        and x.dtype in MOST_ROWS
+        and x.dtype == weight.dtype
+        and 0 < x.numel() <= MOST_ROWS[x.dtype] * x.shape[-1]
+        and weight.dim() == 2
+        and weight.stride(1) == 1
+        and weight.numel() >= FEWEST_WEIGHTS
+        and not torch.compiler.is_compiling()
+        and mkl_is_slow()
+        and linear_forward.refusal("cpu", (x, weight, bias)) is None
     )
 
 
