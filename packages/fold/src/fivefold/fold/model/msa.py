@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fivefold.fold.model.primitives import Attention, Bias, LayerNorm, Linear, in_chunks
+from fivefold.fold.ops.outer_product import outer_product
 
 
 class MSARowAttentionWithPairBias(nn.Module):
@@ -155,17 +156,9 @@ class OuterProductMean(nn.Module):
         self, a_snc: Tensor, b_snd: Tensor, counts: Tensor, chunk_size: int | None = None
     ) -> Tensor:
         """The update of the pairs, of which counts (..., I, J) says how many sequences see both."""
-        b = b_snd.flatten(-2)
-
-        def some_residues(a_isc: Tensor, counts: Tensor) -> Tensor:
-            a = a_isc.transpose(-2, -3).flatten(-2)
-            # (..., i C, S) by (..., S, j D), then (..., i, j, C, D)
-            outer = (a.mT @ b).unflatten(-1, b_snd.shape[-2:])
-            outer = outer.unflatten(-3, (-1, a_isc.shape[-1])).transpose(-2, -3)
-            return self.linear_out(outer.flatten(-2)) / (counts + 1e-3)
-
-        inputs = (a_snc.transpose(-2, -3), counts.unsqueeze(-1))
-        return in_chunks(some_residues, inputs, chunk_size)
+        layer = self.linear_out
+        outer = outer_product(a_snc, b_snd, layer.weight, layer.bias, num_rows=chunk_size)
+        return outer / (counts.unsqueeze(-1) + 1e-3)
 
 
 def _with_channel(mask: Tensor | None) -> Tensor | None:
