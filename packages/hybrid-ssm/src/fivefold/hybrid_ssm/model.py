@@ -24,6 +24,7 @@ from fivefold.hybrid_ssm.memory import ALONE, Context, make_context
 from fivefold.hybrid_ssm.norm import RMSNorm
 from fivefold.hybrid_ssm.pattern import ATTENTION, EXPERTS, MAMBA
 from fivefold.hybrid_ssm.pretrained import Pretrained
+from fivefold.kernels import Linear
 from fivefold.parallel_core.documents import starts_of_ids
 from fivefold.parallel_core.losses import SideOutputs
 
@@ -124,7 +125,7 @@ class HybridForCausalLM(Pretrained):
                 {str(i): Layer(config, i, self.side) for i in range(config.num_layers)}
             )
             self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.to_empty(device=device)
         self.loss: nn.Module = TokenLoss()
         self.tie_weights()

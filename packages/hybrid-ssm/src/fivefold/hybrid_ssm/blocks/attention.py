@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fivefold.hybrid_ssm.config import HybridConfig
 from fivefold.hybrid_ssm.memory import ALONE, Context
-from fivefold.kernels import attention
+from fivefold.kernels import Linear, attention
 from fivefold.parallel_core.documents import Documents
 from fivefold.parallel_core.linear_group import LinearGroup
 
@@ -99,13 +99,13 @@ class Attention(nn.Module):
         key_width = config.num_key_value_heads * config.head_dim
         self.qkv = LinearGroup(
             {
-                "q_proj": nn.Linear(config.hidden_size, query_width, bias=False),
-                "k_proj": nn.Linear(config.hidden_size, key_width, bias=False),
-                "v_proj": nn.Linear(config.hidden_size, key_width, bias=False),
+                "q_proj": Linear(config.hidden_size, query_width, bias=False),
+                "k_proj": Linear(config.hidden_size, key_width, bias=False),
+                "v_proj": Linear(config.hidden_size, key_width, bias=False),
             }
         )
         self.core = AttentionCore()
-        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
+        self.o_proj = Linear(query_width, config.hidden_size, bias=False)
 
     def forward(self, x_bsh: Tensor, context: Context = ALONE, name: str = "") -> Tensor:
         """Hidden states (B, S, H) to (B, S, H); the layer's name finds its part of the cache."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fivefold.hybrid_ssm.blocks.mlp import MLP
 from fivefold.hybrid_ssm.config import HybridConfig
 from fivefold.hybrid_ssm.memory import ALONE, Context
-from fivefold.kernels import grouped_mm, relu2
+from fivefold.kernels import Linear, grouped_mm, relu2
 from fivefold.moe.dispatch import TokenDispatcher
 from fivefold.moe.dispatchers import folded_dispatcher
 from fivefold.moe.router import Router
@@ -99,8 +99,8 @@ class ExpertsMixer(nn.Module):
         self.latent_in: nn.Module = nn.Identity()
         self.latent_out: nn.Module = nn.Identity()
         if config.latent_size is not None:
-            self.latent_in = nn.Linear(hidden, width, bias=bias)
-            self.latent_out = nn.Linear(width, hidden, bias=bias)
+            self.latent_in = Linear(hidden, width, bias=bias)
+            self.latent_out = Linear(width, hidden, bias=bias)
 
     def forward(self, x_bsh: Tensor, context: Context = ALONE, name: str = "") -> Tensor:
         """Hidden states (B, S, H) to (B, S, H); each token by itself."""

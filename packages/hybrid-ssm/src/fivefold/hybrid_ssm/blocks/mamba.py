@@ -21,6 +21,7 @@ from fivefold.hybrid_ssm.ops.conv_update import conv_update, conv_update_
 from fivefold.hybrid_ssm.ops.ssd_scan import ssd_scan
 from fivefold.hybrid_ssm.ops.state_update import state_update, state_update_
 from fivefold.hybrid_ssm.precision import KeepsFloat32
+from fivefold.kernels import Linear
 from fivefold.parallel_core.linear_group import LinearGroup
 
 
@@ -281,12 +282,12 @@ class MambaMixer(nn.Module):
         }
         hidden, bias = config.hidden_size, config.use_bias
         self.in_proj = LinearGroup(
-            {name: nn.Linear(hidden, width, bias=bias) for name, width in widths.items()}
+            {name: Linear(hidden, width, bias=bias) for name, width in widths.items()}
         )
         self.heads = Heads(config)
         self.core = MambaCore(Rules(config.mamba_head_dim, config.state_size, config.dt_limit))
         self.norm = GatedNorm(config.mamba_width, config.num_groups, config.norm_eps)
-        self.out_proj = nn.Linear(config.mamba_width, hidden, bias=bias)
+        self.out_proj = Linear(config.mamba_width, hidden, bias=bias)
 
     def forward(self, x_bsh: Tensor, context: Context = ALONE, name: str = "") -> Tensor:
         """Hidden states (B, S, H) to (B, S, H); the layer's name finds its part of the cache."""

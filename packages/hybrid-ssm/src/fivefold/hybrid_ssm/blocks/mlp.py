@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from fivefold.hybrid_ssm.memory import ALONE, Context
 from fivefold.hybrid_ssm.norm import is_small
-from fivefold.kernels import relu2
+from fivefold.kernels import Linear, relu2
 
 
 class MLP(nn.Module):
@@ -18,8 +18,8 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int, bias: bool = False):
         super().__init__()
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x_bsh: Tensor, context: Context = ALONE, name: str = "") -> Tensor:
         """Hidden states (..., H) to (..., H); each token by itself."""
