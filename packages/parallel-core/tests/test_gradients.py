@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fivefold.parallel_core.gradients import clip, global_norm, sum_partial
+from fivefold.parallel_core.gradients import clip, global_norm, sum_partial, sum_parts
 from fivefold.parallel_core.launcher import launch
 from fivefold.parallel_core.layout import Layout
 from fivefold.parallel_core.ledger import CommLedger
@@ -100,3 +100,31 @@ def test_gradients_are_summed_over_their_partial_axes_in_few_messages() -> None:
             "frozen": None,
         }
         assert summed.calls == 2, "one for each dtype"
+
+
+def _sample() -> tuple[dict[str, Tensor], int]:
+    topology = Topology(Layout(4, tp=2))
+    table, rank = ParameterTable(topology), topology.rank("tp")
+    table.add("whole", Placement(shape=(2,)))
+    table.add("part", Placement(shape=(2,), partial=("tp",)))
+    table.add("rounded", Placement(shape=(2,), partial=("tp",)))
+    table.add("unused", Placement(shape=(2,), partial=("tp",)))
+    gradients = {
+        "whole": torch.full((2,), 5.0),
+        "part": torch.tensor([1.0, 10.0 * rank]),
+        # Their sum has no place in 16 bits.
+        "rounded": torch.tensor([256.0, 1.0], dtype=torch.bfloat16)[rank].repeat(2),
+    }
+    with CommLedger(topology) as ledger:
+        found = sum_parts(gradients, table)
+    return found, ledger["all_reduce", "tp"].calls
+
+
+def test_parts_of_a_sample_are_summed_where_the_table_says() -> None:
+    for found, calls in launch(_sample, 4, timeout=60):
+        assert {name: value.tolist() for name, value in found.items()} == {
+            "whole": [5.0, 5.0],
+            "part": [2.0, 10.0],
+            "rounded": [257.0, 257.0],
+        }
+        assert found["rounded"].dtype == torch.float32 and calls == 1

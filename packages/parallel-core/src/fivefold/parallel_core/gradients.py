@@ -5,13 +5,14 @@ only a part of the tokens (the norms and the router under sequence parallelism).
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fivefold.parallel_core.ledger import labelled
-from fivefold.parallel_core.parameters import Piece
+from fivefold.parallel_core.parameters import ParameterTable, Piece
 from fivefold.parallel_core.topology import Axis, Topology
 
 
@@ -28,6 +29,30 @@ def sum_partial(pieces: list[Piece], topology: Topology) -> None:
                 batches[axis, grad.dtype].append(grad)
     for (name, _), grads in batches.items():
         _sum_together(grads, topology.axis(name))
+
+
+@torch.no_grad()
+def sum_parts(gradients: Mapping[str, Tensor], table: ParameterTable) -> dict[str, Tensor]:
+    """Gradients of one sample, summed over the axes on which the table calls them partial.
+
+    For steps that look at each sample's gradient by itself; ``sum_partial`` must not follow.
+
+    Args:
+        gradients: by the table's names, the same on all ranks; those of 16 bits are summed, and
+            come back, in float32.
+        table: of the model.
+    """
+    found = dict(gradients)
+    batches: dict[tuple[str, torch.dtype], list[Tensor]] = defaultdict(list)
+    for name in gradients:
+        axes = [axis for axis in table[name].partial if table.topology.size(axis) > 1]
+        for axis in axes:
+            wide = torch.promote_types(found[name].dtype, torch.float32)
+            found[name] = found[name].to(wide)
+            batches[axis, wide].append(found[name])
+    for (axis, _), grads in batches.items():
+        _sum_together(grads, table.topology.axis(axis))
+    return found
 
 
 def _gradient_of(piece: Piece) -> Tensor:

@@ -89,6 +89,10 @@ class Loop(ABC):
     def evaluate(self) -> float | None:
         """Score the model, keep and report the result; None where there is nothing to score on."""
 
+    def sum_gradients(self) -> None:
+        """Sum what ``backward`` left over the axes on which it is a part of the gradient."""
+        sum_partial(self.pieces, self.topology)
+
     def after_update(self, sums: Mapping[str, Tensor]) -> None:
         """What follows an update of the parameters."""
         self.model.after_step(sums)
@@ -219,7 +223,7 @@ class Loop(ABC):
 
     def _update(self) -> tuple[float, float]:
         """Reduce and clip the gradients and step; their norm before, and the learning rate."""
-        sum_partial(self.pieces, self.topology)
+        self.sum_gradients()
         norm = global_norm(self.pieces, self.topology)
         learning_rate = self.config.schedule.rate(self.step)
         if torch.isfinite(norm):
