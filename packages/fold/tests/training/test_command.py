@@ -80,11 +80,26 @@ def test_faults_are_said_before_anything_starts(
 ) -> None:
     assert main(["train", "--config", "run.toml", "--run", "r", "--nproc", "3"]) == 1
     assert "does not divide over 3 ranks" in capsys.readouterr().err
+    assert main(["train", "--config", "run.toml", "--nproc", "2", "--dap", "4"]) == 1
+    assert "dap=4 does not divide 2 ranks" in capsys.readouterr().err
     assert main(["train", "--config", "run.toml", "--set", "model.depth=3"]) == 1
     assert "model.depth" in capsys.readouterr().err
     assert main(["export", "--output", "x"]) == 1
     assert "--run FOLDER or --params PATH" in capsys.readouterr().err
     assert not Path("r").exists()
+
+
+def test_ranks_share_samples(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "--config", "run.toml", "--set", "training.steps=1"]
+    assert main([*words, "--run", "alone"]) == 0
+    assert main([*words, "--run", "shared", "--nproc", "2", "--dap", "2"]) == 0
+    assert "2 ranks, 2 to a sample" in capsys.readouterr().out
+    alone, shared = (
+        next(r for r in read_jsonl(f"{run}/metrics.jsonl") if "loss" in r)
+        for run in ("alone", "shared")
+    )
+    for name in ("loss", "sample_norm", "lddt_ca", "clipped"):
+        assert shared[name] == pytest.approx(alone[name], rel=1e-4), name
 
 
 def test_a_dry_run_trains_nothing(folder: Path) -> None:

@@ -62,6 +62,7 @@ def test_a_warm_average_follows_faster_at_first() -> None:
         ("training", {**RUN["training"], "ema_decay": 1.0}, "below 1"),
         ("training", {**RUN["training"], "data_parallel": {"form": "zero3"}}, "replicate, zero1"),
         ("training", {**RUN["training"], "speed": 1}, "unknown key"),
+        ("training", {**RUN["training"], "dap": 0}, "dap=0"),
     ],
 )
 def test_what_cannot_be_is_said(section: str, values: Any, message: str) -> None:
@@ -74,3 +75,12 @@ def test_a_batch_divides_over_ranks() -> None:
     assert training.samples_per_rank(Layout(2)) == 2
     with pytest.raises(ConfigError, match="multiple of 3"):
         training.samples_per_rank(Layout(3))
+
+
+def test_neighbours_share_samples() -> None:
+    training = load_run(RUN, {"training.dap": "2"}).training
+    layout = training.layout(4)
+    assert (layout.tp, layout.dp, layout.groups("tp")) == (2, 2, [[0, 1], [2, 3]])
+    assert training.samples_per_rank(layout) == 2
+    with pytest.raises(ConfigError, match=r"dap=2 does not divide 3 ranks; choose one of 1, 3"):
+        training.layout(3)

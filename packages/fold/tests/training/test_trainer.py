@@ -165,3 +165,29 @@ def test_a_chain_that_cannot_be_read_is_named_and_the_run_goes_on(
     assert trainer.step == 4
     assert "1ubq_A cannot be read" in caplog.text
     assert sum(measured.get("unusable_chains", 0) for _, measured in told) > 0
+
+
+def _shared_steps(config: RunConfig) -> tuple[dict[str, Tensor], float | None, Told]:
+    import torch.distributed as dist
+
+    topology, told = Topology(config.training.layout(dist.get_world_size())), []
+    trainer = make_trainer(config, topology, None)
+    trainer.report = lambda step, measured: told.append((step, _without_times(measured)))
+    trainer.train_step(), trainer.train_step()
+    return values_of(trainer), trainer.evaluate(), told
+
+
+def test_ranks_that_share_samples_train_as_one(config: RunConfig) -> None:
+    config = changed(config, sample_gradient_clip=0.03)
+    trainer, told = trainer_of(config)
+    trainer.train_step(), trainer.train_step()
+    expected, loss = values_of(trainer), trainer.evaluate()
+    assert told[0][1]["clipped"] > 0
+    ranks = launch(_shared_steps, 4, changed(config, dap=2), timeout=300)
+    for found, score, _ in ranks:
+        assert score == pytest.approx(loss, abs=1e-12)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+    assert [step for step, _ in ranks[0][2]] == [step for step, _ in told]
+    for (_, measured), (_, of_one) in zip(ranks[0][2], told, strict=True):
+        assert measured == pytest.approx(of_one, rel=1e-9, abs=1e-12)

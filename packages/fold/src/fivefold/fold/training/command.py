@@ -18,6 +18,13 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.description = (parser.description or "").replace(
         "Train on the text and layout of", "Train on the structures of"
     )
+    parser.add_argument(
+        "--dap",
+        type=int,
+        metavar="N",
+        help="neighbouring ranks that share a sample; a divisor of their number (default: the "
+        "file's training.dap, or 1)",
+    )
 
 
 def add_export(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +54,8 @@ def run_train(options: argparse.Namespace) -> int:
     from fivefold.parallel_core.launcher import place, under_torchrun
     from fivefold.parallel_core.training.command import TrainCommand
 
+    if options.dap is not None:
+        options.overrides = [*options.overrides, f"training.dap={options.dap}"]
     train = TrainCommand(
         load=load_run,
         check=run.check,
@@ -72,10 +81,11 @@ def _describe(config: "RunConfig", layout: "Layout") -> None:
     for each in found.notes if found else ():
         print(f"{each['name']}: {each['note']}")
     split = split_of(config)
+    shared = f", {layout.tp} to a sample" if layout.tp > 1 else ""
     kind = "of them" if config.evaluation.on_training_chains else "held-out ones"
     print(
         f"{len(split.train)} chains of {config.data.prepared} to learn from, {len(split.heldout)} "
-        f"{kind} to score, {layout.world_size} ranks",
+        f"{kind} to score, {layout.world_size} ranks{shared}",
         flush=True,
     )
 

@@ -11,7 +11,7 @@ from fivefold.fold.presets import preset
 from fivefold.parallel_core.config import Config, load_toml, override
 from fivefold.parallel_core.data_parallel_config import WHOLE, DataParallelConfig
 from fivefold.parallel_core.layout import Layout
-from fivefold.parallel_core.training.loop_config import LoopConfig
+from fivefold.parallel_core.training.loop_config import LoopConfig, at_least_one
 from fivefold.parallel_core.training.optimizer import AdamWConfig
 
 NONE = "none"
@@ -100,6 +100,8 @@ class FoldTrainingConfig(LoopConfig):
             section 1.11.7); None for the parameters themselves.
         ema_warmup: let the average follow faster at first, with decay (1 + step) / (10 + step), so
             that short runs forget where they began.
+        dap: ranks that share a sample (dynamic axial parallelism); a divisor of their number. It
+            changes no result and may change when a run goes on.
     """
 
     sample_gradient_clip: float | None = 0.1
@@ -107,6 +109,7 @@ class FoldTrainingConfig(LoopConfig):
     scale_by_length: bool = True
     ema_decay: float | None = 0.999
     ema_warmup: bool = False
+    dap: int = 1
     optimizer: AdamWConfig = field(
         default_factory=lambda: AdamWConfig(betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0)
     )
@@ -117,6 +120,7 @@ class FoldTrainingConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         LoopConfig.__post_init__(self)
+        at_least_one("dap", self.dap)
         if self.sample_gradient_clip is not None and not self.sample_gradient_clip > 0:
             raise FoldConfigError(
                 f"sample_gradient_clip is a positive norm, found {self.sample_gradient_clip}; "
@@ -136,6 +140,20 @@ class FoldTrainingConfig(LoopConfig):
             return 0.0
         early = (1 + step) / (10 + step) if self.ema_warmup else 1.0
         return min(self.ema_decay, early)
+
+    def layout(self, world_size: int) -> Layout:
+        """Of so many ranks, of which neighbours share a sample.
+
+        Raises:
+            FoldConfigError: ``dap`` does not divide them.
+        """
+        if world_size % self.dap:
+            legal = ", ".join(str(d) for d in range(1, world_size + 1) if world_size % d == 0)
+            raise FoldConfigError(
+                f"dap={self.dap} does not divide {world_size} ranks; choose one of {legal}, or a "
+                f"multiple of {self.dap} ranks (--nproc)"
+            )
+        return Layout(world_size, tp=self.dap)
 
     def samples_per_rank(self, layout: Layout) -> int:
         """Of one step.

@@ -45,9 +45,10 @@ def check(config: RunConfig, world_size: int) -> Layout:
 
     Raises:
         LayoutError: no such number of ranks.
-        ConfigError: the batch or the regions to recompute do not fit.
+        ConfigError: the batch, the ranks that share a sample or the regions to recompute do not
+            fit.
     """
-    layout = Layout(world_size)
+    layout = config.training.layout(world_size)
     config.training.samples_per_rank(layout)
     config.training.data_parallel.check(layout)
     with torch.device("meta"):
@@ -144,7 +145,7 @@ def train_rank(config: RunConfig, folder: Path, tensorboard: bool = False) -> Ou
 
     Every rank of the job calls it; the process group must be there where there is more than one.
     """
-    topology = topology_of(LayoutConfig())
+    topology = topology_of(LayoutConfig(tp=config.training.dap))
     # Under torchrun the first rank may be preparing the data still.
     Totals(topology.world).sum({"ready": torch.ones((), device=topology.device)})
     trainer = make_trainer(config, topology, folder)

@@ -12,6 +12,7 @@ from fivefold.fold.data.dataset import Chains
 from fivefold.fold.losses.total import alphafold_loss
 from fivefold.fold.metrics import lddt_ca
 from fivefold.fold.model.alphafold import AlphaFold
+from fivefold.fold.sharding import AXIS
 from fivefold.fold.training.average import MovingAverage
 from fivefold.fold.training.config import RunConfig
 from fivefold.fold.training.samples import Sample, seed_of
@@ -19,6 +20,7 @@ from fivefold.fold.training.scoring import placed, score_chains
 from fivefold.parallel_core.build import ParallelModel
 from fivefold.parallel_core.checkpoint import Checkpoints, TensorPart
 from fivefold.parallel_core.data_parallel import add_gradients, gather_mains, reduce_gradients
+from fivefold.parallel_core.gradients import sum_parts
 from fivefold.parallel_core.training.base_loop import Loop
 from fivefold.parallel_core.training.state import Progress
 from fivefold.parallel_core.training.totals import Totals
@@ -75,6 +77,7 @@ class FoldTrainer(Loop):
         self._parameters = dict(network.named_parameters())
         self.average = MovingAverage(self.pieces) if training.ema_decay is not None else None
         self._heldout_totals = Totals(self.topology.world)
+        self._first = self.topology.rank(AXIS) == 0
 
     def parts(self) -> dict[str, TensorPart]:
         """See ``Loop.parts``; with the moving average."""
@@ -91,13 +94,22 @@ class FoldTrainer(Loop):
         gather_mains(self.network)
         sums: dict[str, Tensor] = {}
         for sample in self.samples.of(self.step):
-            _say(f"left out of sample {sample.number}", sample.problems)
+            self._say(f"left out of sample {sample.number}", sample.problems)
             # What dropout draws follows from the sample alone, wherever and whenever it is used.
             torch.manual_seed(seed_of(self.run.training.seed, sample.number))
             for name, value in self._learn(sample).items():
                 sums[name] = sums[name] + value if name in sums else value
         reduce_gradients(self.network)
-        return sums
+        return self._once(sums)
+
+    def sum_gradients(self) -> None:
+        """See ``Loop.sum_gradients``: done, sample by sample, before they were clipped."""
+
+    def _once(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What ranks that share a sample all found, for sums over all ranks."""
+        if self._first:
+            return sums
+        return {name: torch.zeros_like(value) for name, value in sums.items()}
 
     def _learn(self, sample: Sample) -> dict[str, Tensor]:
         """Add a sample's clipped gradient to the step's; what to tell of it."""
@@ -112,6 +124,7 @@ class FoldTrainer(Loop):
             loss * weight, list(self._parameters.values()), allow_unused=True
         )
         grads = {n: g for n, g in zip(self._parameters, found, strict=True) if g is not None}
+        grads = sum_parts(grads, self.model.table)
         norm = _norm(grads.values())
         scale = _clipping(norm, training.sample_gradient_clip)
         add_gradients(self.network, grads, scale / training.global_batch_size)
@@ -167,14 +180,19 @@ class FoldTrainer(Loop):
             rank=axis.rank,
             size=axis.size,
         )
-        _say("cannot be scored", found.problems)
-        sums = self._heldout_totals.sum(found.sums)
+        self._say("cannot be scored", found.problems)
+        sums = self._heldout_totals.sum(self._once(found.sums))
         num = float(sums["scored"].sum())
         return float(sums["scores"].sum()) / num if num else None
 
     def _look_at_target(self, loss: float) -> None:
         target = self.run.evaluation.target
         self.reached = target is not None and 1 - loss >= target
+
+    def _say(self, what: str, problems: Iterable[str]) -> None:
+        """Name where it is seen, but once, what could not be used."""
+        for problem in problems if self._first else ():
+            _LOG.warning("%s: %s", what, problem)
 
 
 def _norm(grads: Iterable[Tensor]) -> Tensor:
@@ -188,9 +206,3 @@ def _clipping(norm: Tensor, limit: float | None) -> float:
     if not math.isfinite(found):
         return math.nan
     return 1.0 if limit is None or found <= limit else limit / found
-
-
-def _say(what: str, problems: Iterable[str]) -> None:
-    """Name on any rank, where it is seen, what could not be used."""
-    for problem in problems:
-        _LOG.warning("%s: %s", what, problem)
