@@ -77,7 +77,12 @@ def test_a_file_that_is_wrong(
     ("overrides", "error", "message"),
     [
         ({"layout.pp": "3"}, LayoutError, "8 is not a multiple of"),
-        ({"layout.tp": "2"}, HybridConfigError, "num_groups=1 cannot be split over tp=2"),
+        ({"layout.tp": "4"}, HybridConfigError, "num_mamba_heads=2 cannot be split over tp=4"),
+        (
+            {"fp8.first": "1", "training.global_batch_size": "8"},
+            HybridConfigError,
+            "first=1 and last=4 leave none of the 2 layers",
+        ),
         ({"training.global_batch_size": "12"}, ConfigError, "global_batch_size=12 is not a mult"),
         ({"layout.pp": "4", "training.global_batch_size": "8"}, HybridConfigError, "2 layers of"),
         (
@@ -161,6 +166,20 @@ def test_packed_documents_are_told_apart(run_file: Path) -> None:
         assert len(starts) == (packed == "true")
     assert 1e-7 < abs(first[0] - first[1]) < 0.1
     assert (inputs == 256).any()
+
+
+def test_layers_in_fp8(run_file: Path) -> None:
+    """All but the first and the last compute in FP8, and the loss hardly differs."""
+    first = []
+    for overrides in ({}, {"fp8.first": "1", "fp8.last": "1", "fp8.gradients": "e4m3"}):
+        trainer = make_trainer(load_run(run_file, ONE_RANK | overrides), Topology.local(), None)
+        trainer.report = lambda step, found: first.append(found["loss"])
+        trainer.train_step()
+    assert 1e-6 < abs(first[0] - first[1]) < 0.05
+    (part,) = trainer.model.parts
+    changed = {name for name, module in part.named_modules() if type(module).__name__[:3] == "FP8"}
+    assert {name.split(".")[1] for name in changed} == {"1", "2", "3"}
+    assert "layers.2.mixer.experts" in changed
 
 
 def test_stages_share_nothing_that_they_should_not(run_file: Path) -> None:

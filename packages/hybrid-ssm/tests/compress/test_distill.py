@@ -16,6 +16,7 @@ from fivefold.hybrid_ssm.compress.prune import random_scores, whole
 from fivefold.hybrid_ssm.compress.student import write_student
 from fivefold.hybrid_ssm.errors import HybridConfigError
 from fivefold.hybrid_ssm.export import load_run_model
+from fivefold.hybrid_ssm.fp8 import FP8Config
 from fivefold.parallel_core import config as configuration
 from fivefold.parallel_core.errors import ConfigError
 from fivefold.parallel_core.launcher import launch
@@ -109,6 +110,14 @@ def test_every_layout_teaches_the_same(world: int, degrees: dict[str, int], less
     assert losses(other) == pytest.approx(losses(lesson), rel=1e-9)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-7, atol=1e-9, msg=name)
+
+
+def test_a_student_may_learn_in_fp8(lesson: Lesson) -> None:
+    learnt(lesson)
+    distill = configuration.replace(DISTILL, fp8=FP8Config(first=1, last=2))
+    learnt(replace(lesson, run=lesson.run / "fp8", config=distill))
+    distance = abs(losses(lesson)[0] / losses(replace(lesson, run=lesson.run / "fp8"))[0] - 1)
+    assert 1e-6 < distance < 0.1
 
 
 def test_kept_logits_teach_the_same(lesson: Lesson, monkeypatch: pytest.MonkeyPatch) -> None:

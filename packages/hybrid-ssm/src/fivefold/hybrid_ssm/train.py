@@ -9,6 +9,8 @@ import torch
 
 from fivefold.hybrid_ssm import sharding
 from fivefold.hybrid_ssm.config import HybridConfig
+from fivefold.hybrid_ssm.fp8.apply import chosen_products, recipe
+from fivefold.hybrid_ssm.fp8.config import FP8Config
 from fivefold.hybrid_ssm.initial import DRAWN, head_values, rule
 from fivefold.hybrid_ssm.model import HybridForCausalLM
 from fivefold.hybrid_ssm.sharding import HybridContextConfig
@@ -37,11 +39,13 @@ class RunConfig(TextRun):
     Attributes:
         packed: whether a document sees only itself: states, convolutions and attention start anew
             after each end of a text. Without, a row is one text.
+        fp8: which products of the layers are in FP8, forward and backward; None for none.
     """
 
     model: HybridConfig
     context: HybridContextConfig = field(default_factory=HybridContextConfig)
     packed: bool = True
+    fp8: FP8Config | None = None
 
 
 def load_run(
@@ -59,13 +63,15 @@ def check(config: RunConfig, world_size: int) -> Layout:
 
     Raises:
         LayoutError: the degrees do not fit the number of ranks.
-        HybridConfigError: the model does not fit the layout.
+        HybridConfigError: the model does not fit the layout, or has no layer left for FP8.
         ConfigError: the batch does not fit it, or the schedule needs more microbatches.
     """
     layout = config.layout.layout(world_size)
     training = config.training
     sharding.check(config.model, layout, training.sequence_length, config.context)
     check_training(training, layout, lambda: HybridForCausalLM(config.model))
+    if config.fp8 is not None:
+        chosen_products(config.model, config.fp8)
     sharding.check_stages(config.model, layout.pp * training.pipeline.stages_per_rank)
     return layout
 
@@ -102,7 +108,15 @@ def build_model(config: RunConfig, topology: Topology) -> ParallelModel:
         regions=training.recompute,
     )
     initialise([*model.pieces(), *model.buffers()], config.model, training.seed)
+    compute_in_fp8(model, config)
     return model
+
+
+def compute_in_fp8(model: ParallelModel, config: RunConfig) -> None:
+    """Make this rank's layers compute in FP8, if the run asks for it."""
+    if config.fp8 is not None:
+        for part in model.parts:
+            recipe(part, model.topology, **config.fp8.to_dict())  # type: ignore[arg-type]
 
 
 def make_trainer(config: RunConfig, topology: Topology, folder: Path | None) -> Trainer:

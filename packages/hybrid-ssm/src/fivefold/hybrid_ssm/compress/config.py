@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fivefold.hybrid_ssm.errors import HybridConfigError
+from fivefold.hybrid_ssm.fp8.config import FP8Config
 from fivefold.parallel_core.config import Config
 from fivefold.parallel_core.training.run import DataConfig, LayoutConfig
 
@@ -140,6 +141,7 @@ class DistillConfig(Config):
         checkpoint_every: steps between checkpoints.
         evaluate_every: steps between evaluations on held-out text; None for only the last.
         compute: what is computed in.
+        fp8: which of the student's products are in FP8, as in the paper; None for none.
         cache_logits: keep the parent's logits on disk, so that all finalists share them. It takes
             vocabulary × 4 bytes (2 in bfloat16) for each token.
         layout: degrees of the ranks; one pipeline stage.
@@ -160,6 +162,7 @@ class DistillConfig(Config):
     checkpoint_every: int = 50
     evaluate_every: int | None = 50
     compute: Literal["float32", "float64", "bfloat16"] = "float32"
+    fp8: FP8Config | None = None
     cache_logits: bool = False
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     seed: int = 1

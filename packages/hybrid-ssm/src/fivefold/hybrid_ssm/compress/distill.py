@@ -17,7 +17,7 @@ from fivefold.hybrid_ssm.errors import HybridConfigError
 from fivefold.hybrid_ssm.files import ModelFiles, load_parameters
 from fivefold.hybrid_ssm.model import HybridForCausalLM
 from fivefold.hybrid_ssm.pretrained import read_config
-from fivefold.hybrid_ssm.train import RunConfig, check
+from fivefold.hybrid_ssm.train import RunConfig, check, compute_in_fp8
 from fivefold.parallel_core import hub
 from fivefold.parallel_core.build import ParallelModel, build
 from fivefold.parallel_core.config import replace
@@ -173,6 +173,7 @@ def run_config(lesson: Lesson) -> RunConfig:
         data=lesson.data,
         training=training,
         packed=lesson.packed,
+        fp8=config.fp8,
     )
 
 
@@ -242,6 +243,7 @@ def _student(config: RunConfig, folder: Path, topology: Topology) -> ParallelMod
     with hub.SafetensorsReader(folder) as reader:
         pieces = [*model.pieces(), *model.buffers()]
         load_parameters(pieces, config.model, ModelFiles(reader))
+    compute_in_fp8(model, config)
     return model
 
 
