@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from fivefold.kernels.errors import BackendError, KernelInputError
-from fivefold.kernels.ops.grouped_mm import aten, grouped_mm, onednn, op, reference, triton
+from fivefold.kernels.ops.grouped_mm import aten, grouped_mm, loop, op, reference, triton
 from fivefold.kernels.ops.grouped_mm.samples import SAMPLES
 from fivefold.kernels.samples import Maker, Sample
 from fivefold.kernels.testing import TOLERANCES, assert_close, checks, op_tests
@@ -57,8 +57,8 @@ def gathered(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
 
 @pytest.fixture
 def by_torch() -> Iterator[None]:
-    """A CPU whose float32 is not oneDNN's."""
-    with patch.object(onednn, "faster", lambda x: False):
+    """A CPU whose products are not oneDNN's."""
+    with patch.object(loop, "faster", lambda x: False):
         yield
 
 
@@ -84,40 +84,47 @@ def test_torch_kernel(counts: list[int], dtype: torch.dtype) -> None:
 
 
 @pytest.fixture
-def by_onednn() -> Iterator[None]:
-    """A CPU whose float32 is oneDNN's."""
-    with patch.object(onednn, "faster", lambda x: x.dtype == torch.float32):
+def by_loop() -> Iterator[None]:
+    """A CPU whose products are oneDNN's."""
+    with patch.object(loop, "faster", lambda x: x.dtype in (torch.float32, torch.bfloat16)):
         yield
 
 
-@pytest.mark.usefixtures("by_onednn")
+@pytest.mark.usefixtures("by_loop")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("inner", "outer"), [(16, 8), (15, 7), (1, 1)], ids=str)
-@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
-def test_onednn(counts: list[int], inner: int, outer: int) -> None:
-    """In any sizes; rows behind the last group are zeros, and so is what their gradient gives."""
-    x, weight, offs = operands(counts, inner, outer)
-    longer = torch.cat([x.detach(), torch.full((2, inner), 7.0)]).requires_grad_()
-    dy = torch.randn(len(longer), outer)
-    y = grouped_mm(longer, weight.mT, offs=offs, backend="aten")
-    y.backward(dy)
-    assert not y[len(x) :].any()
-    a, b = (each.detach().double().requires_grad_() for each in (x, weight))
-    expected = gathered(a, b, offs)
-    expected.backward(dy[: len(x)].double())
-    assert_close("y", y[: len(x)], expected, torch.float32)
-    assert longer.grad is not None and not longer.grad[len(x) :].any()
-    assert_close("x", longer.grad[: len(x)], a.grad, torch.float32)
-    assert_close("weight", weight.grad, b.grad, torch.float32)
+@pytest.mark.parametrize("counts", [[9, 0, 17, 40, 3, 8], [0, 7, 0], [33]], ids=str)
+def test_loop(counts: list[int], inner: int, outer: int, dtype: torch.dtype) -> None:
+    """In any sizes; what follows a group changes none of its numbers, and gets zeros at the end."""
+    x, weight, offs = operands(counts, inner, outer, dtype)
+    rest = torch.full((30, inner), torch.nan, dtype=dtype)
+    for longer in (torch.cat([x.detach(), rest]), x.detach().clone()):
+        longer.requires_grad_()
+        dy = torch.randn(len(longer), outer).to(dtype)
+        y = grouped_mm(longer, weight.mT, offs=offs, backend="aten")
+        dx, dweight = torch.autograd.grad(y, (longer, weight), dy)
+        a, b = (each.detach().double().requires_grad_() for each in (x, weight))
+        expected = gathered(a, b, offs)
+        right = torch.autograd.grad(expected, (a, b), dy[: len(x)].double())
+        assert not y[len(x) :].any() and not dx[len(x) :].any()
+        assert_close("y", y[: len(x)], expected, dtype)
+        assert_close("x", dx[: len(x)], right[0], dtype)
+        assert_close("weight", dweight, right[1], dtype)
 
 
-@pytest.mark.usefixtures("by_onednn")
-def test_onednn_refuses_nothing_but_emptiness_and_other_dtypes() -> None:
-    for inner, dtype, refused in ((0, torch.float32, True), (15, torch.bfloat16, True)):
-        x, weight, offs = operands([2, 1], inner, 8, dtype)
-        reason = aten.refuses("grouped_mm", x, weight.mT, offs, dtype)
-        assert (reason is not None) == refused
+def test_groups_have_few_sizes() -> None:
+    sizes = [loop.few_sizes(count) for count in range(4096)]
+    assert all(count <= size for count, size in enumerate(sizes)) and sizes[:8] == [*range(8)]
+    assert all(size - count < max(16, count / 15) for count, size in enumerate(sizes))
+    assert len(set(sizes[128:512])) <= 25 and len(set(sizes)) < 100
+
+
+@pytest.mark.usefixtures("by_loop")
+def test_loop_takes_any_strides() -> None:
     x, weight, offs = operands([2, 1], 15, 7)
     assert aten.refuses("grouped_mm", x, weight.mT, offs, torch.float32) is None
+    x, weight, offs = operands([2, 1], 0, 8)
+    assert aten.refuses("grouped_mm", x, weight.mT, offs, torch.float32) is not None
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -1,4 +1,4 @@
-"""``grouped_mm`` by torch: CUTLASS on a GPU, on the CPU a loop over MKL's or oneDNN's products.
+"""``grouped_mm`` by torch: CUTLASS on a GPU, on the CPU a loop.
 
 Legend: T the ragged dim, E groups, K and M and N the others.
 """
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fivefold.kernels.backends import missing
-from fivefold.kernels.ops.grouped_mm import onednn
+from fivefold.kernels.ops.grouped_mm import loop
 from fivefold.kernels.ops.grouped_mm.check import spans
 
 _DTYPES = {
@@ -27,7 +27,7 @@ def refuses(name: str, *inputs: Any) -> str | None:
         return f"torch's kernel on {device} has no {mat_a.dtype} to {out_dtype}"
     if 0 in (*mat_a.shape, *mat_b.shape, *offs.shape):
         return "torch's kernel takes no empty operands"
-    if not onednn.faster(mat_a) and not (_can_be_aligned(mat_a) and _can_be_aligned(mat_b)):
+    if not loop.faster(mat_a) and not (_can_be_aligned(mat_a) and _can_be_aligned(mat_b)):
         return (
             "torch's kernel wants strides of 16 bytes, these are "
             f"{mat_a.stride()} and {mat_b.stride()} values of {mat_a.dtype}"
@@ -39,8 +39,8 @@ def refuses(name: str, *inputs: Any) -> str | None:
 
 def grouped_mm(mat_a: Tensor, mat_b: Tensor, offs: Tensor, out_dtype: torch.dtype) -> Tensor:
     """``(T, N)``: the rows of group e times ``mat_b[e]``, then zeros."""
-    if onednn.faster(mat_a):
-        return onednn.grouped_mm(mat_a, mat_b, offs)
+    if loop.faster(mat_a):
+        return loop.grouped_mm(mat_a, mat_b, offs)
     y = F.grouped_mm(_aligned(mat_a), _aligned(mat_b), offs=offs)
     # The kernel may pad the rows of its result to strides of 16 bytes.
     return _zero_after(y.contiguous(), offs)
@@ -48,8 +48,8 @@ def grouped_mm(mat_a: Tensor, mat_b: Tensor, offs: Tensor, out_dtype: torch.dtyp
 
 def grouped_outer(mat_a: Tensor, mat_b: Tensor, offs: Tensor, out_dtype: torch.dtype) -> Tensor:
     """``(E, M, N)``: the product over each group's part of T."""
-    if onednn.faster(mat_a):
-        return onednn.grouped_outer(mat_a, mat_b, offs)
+    if loop.faster(mat_a):
+        return loop.grouped_outer(mat_a, mat_b, offs)
     if offs.device.type == "cpu":
         spans(offs, mat_b.shape[0])
     return F.grouped_mm(_aligned(mat_a), _aligned(mat_b), offs=offs).contiguous()
