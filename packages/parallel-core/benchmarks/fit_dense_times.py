@@ -21,10 +21,10 @@ from fitting import fit, write_constants
 from fivefold.parallel_core.config import replace
 from fivefold.parallel_core.files import write_json
 from fivefold.parallel_core.pipeline_config import PipelineConfig
-from fivefold.parallel_core.planner.activations import Local
 from fivefold.parallel_core.planner.hardware import Hardware, hardware
 from fivefold.parallel_core.planner.layer_time import layer_time
 from fivefold.parallel_core.planner.links import reaches
+from fivefold.parallel_core.planner.local import Local
 from fivefold.parallel_core.planner.presets import preset
 from fivefold.parallel_core.planner.setup import Recompute, Setup
 from fivefold.parallel_core.planner.timing import step_time

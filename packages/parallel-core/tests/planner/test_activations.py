@@ -8,7 +8,8 @@ import torch
 
 from fivefold.parallel_core import Layout, Topology, launch, parallelize, recompute
 from fivefold.parallel_core.activations import ActivationLedger
-from fivefold.parallel_core.planner.activations import Local, layer_terms
+from fivefold.parallel_core.planner.activations import layer_terms
+from fivefold.parallel_core.planner.local import Local
 from fivefold.parallel_core.planner.models import ModelShape
 from fivefold.parallel_core.planner.setup import Recompute
 

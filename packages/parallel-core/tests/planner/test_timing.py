@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from fivefold.parallel_core.config import replace
-from fivefold.parallel_core.planner.activations import Local
 from fivefold.parallel_core.planner.hardware import hardware
 from fivefold.parallel_core.planner.layer_time import layer_time
 from fivefold.parallel_core.planner.links import reaches
+from fivefold.parallel_core.planner.local import Local
 from fivefold.parallel_core.planner.setup import Recompute
 from fivefold.parallel_core.planner.timing import step_time
 

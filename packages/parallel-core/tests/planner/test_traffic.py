@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fivefold.parallel_core import CommLedger, Layout, Topology, launch, parallelize, recompute
-from fivefold.parallel_core.planner.activations import Local
+from fivefold.parallel_core.planner.local import Local
 from fivefold.parallel_core.planner.models import Experts, ModelShape
 from fivefold.parallel_core.planner.setup import Recompute
 from fivefold.parallel_core.planner.traffic import layer_traffic

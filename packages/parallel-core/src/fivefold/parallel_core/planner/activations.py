@@ -5,54 +5,11 @@ tokens of a microbatch on this rank, split over cp and, between tensor-parallel 
 sequence parallelism, over tp too.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 
+from fivefold.parallel_core.planner.expert_terms import moe_terms
+from fivefold.parallel_core.planner.local import Local, Terms
 from fivefold.parallel_core.planner.models import PARTS, ModelShape
-from fivefold.parallel_core.planner.setup import Recompute, Setup
-
-Terms = dict[str, int]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Local:
-    """The sizes that one layer's activations follow from.
-
-    Attributes:
-        microbatch: sequences.
-        length: tokens of a whole sequence.
-        tp, cp, ep, etp: sizes of the axes.
-        sequence: split along the sequence between tensor-parallel layers.
-        element_size: bytes of an activation.
-        recompute: what is not kept.
-        imbalance: rows of the busiest expert rank over the mean.
-    """
-
-    microbatch: int
-    length: int
-    tp: int
-    cp: int
-    ep: int
-    etp: int
-    sequence: bool
-    element_size: int
-    recompute: Recompute
-    imbalance: float
-
-    @classmethod
-    def of(cls, setup: Setup) -> "Local":
-        """The part of a setup that layers see."""
-        return cls(**{name: getattr(setup, name) for name in cls.__dataclass_fields__})
-
-    @property
-    def tokens(self) -> int:
-        """Rows inside tensor-parallel layers."""
-        return self.microbatch * self.length // self.cp
-
-    @property
-    def rows(self) -> int:
-        """Rows between tensor-parallel layers."""
-        return self.tokens // self.tp if self.sequence else self.tokens
 
 
 @lru_cache(maxsize=65536)
@@ -84,7 +41,7 @@ def _norm(model: ModelShape, local: Local, name: str) -> Terms:
         statistic = local.element_size * local.rows
         terms |= {f"{name}.native_layer_norm.{i}": statistic for i in (1, 2)}
     else:
-        terms[f"{name}.rsqrt"] = 4 * local.rows
+        terms[f"{name}.rsqrt"] = max(4, local.element_size) * local.rows
     return terms
 
 
@@ -96,7 +53,12 @@ def _attention(model: ModelShape, local: Local) -> Terms:
     terms = _norm(model, local, "attention_norm")
     terms["attention.qkv.input"] = e * local.rows * model.hidden
     terms["attention.core.q"] = e * n * heads * width
-    terms["attention.core.k"] = terms["attention.core.v"] = e * n * kv * width
+    # The core gathers keys and values over cp; where it is recomputed they are its own part's.
+    whole = local.cp if local.recompute == "none" else 1
+    terms["attention.core.k"] = terms["attention.core.v"] = e * n * whole * kv * width
+    if model.qk_norm:
+        terms["attention.qk_norm.input"] = e * n * (heads + kv) * width
+        terms["attention.qk_norm.rsqrt"] = max(4, e) * n * (heads + kv)
     if local.recompute == "none":
         terms |= _core(model, local, heads)
     terms["attention.o_proj.input"] = e * n * heads * width
@@ -107,7 +69,7 @@ def _attention(model: ModelShape, local: Local) -> Terms:
 
 def _core(model: ModelShape, local: Local, heads: int) -> Terms:
     if model.fused_attention:
-        return {"attention.core.logsumexp": 4 * local.tokens * heads}
+        return {"attention.core.logsumexp": max(4, local.element_size) * local.tokens * heads}
     scores = heads * local.tokens * local.length
     terms = {"attention.core.softmax": local.element_size * scores}
     if model.dropout:
@@ -129,45 +91,31 @@ def _mlp(model: ModelShape, local: Local) -> Terms:
 
 
 def _moe(model: ModelShape, local: Local) -> Terms:
-    """Rows that arrive at this rank's experts are kept, and what the experts make of them."""
-    experts = model.experts
-    if experts is None:
-        return {}
-    e, h = local.element_size, model.hidden
-    sent = local.rows * experts.top_k
-    arrived = int(sent * local.imbalance) * local.etp
-    gate = 2 if model.gated else 1
-    inner = e * arrived * (experts.ffn // local.etp)
-    terms = _norm(model, local, "mlp_norm")
-    terms["router.input"] = e * local.rows * h
-    terms["router.probabilities"] = 4 * local.rows * experts.num_experts
-    terms["dispatcher.permutation"] = 8 * sent
-    terms["experts.input"] = e * arrived * h
-    terms["experts.activation.input"] = gate * inner
-    terms["experts.down.input"] = inner
-    terms["dispatcher.combined"] = e * sent * h
-    if experts.shared_ffn:
-        shared = e * local.tokens * (experts.shared_ffn // local.tp)
-        terms["shared.activation.input"] = gate * shared
-        terms["shared.down.input"] = shared
-    return terms
+    return _norm(model, local, "mlp_norm") | moe_terms(model, local)
 
 
 def _mamba(model: ModelShape, local: Local) -> Terms:
-    """Of a fused scan: its inputs, and a state of each head at the start of each chunk."""
+    """Of a scan that makes its states again in backward, and a norm of groups behind a gate."""
     mamba = model.mamba
     if mamba is None:
         return {}
     e, n, t = local.element_size, local.tokens, local.tp
-    heads = mamba.num_heads // t
+    heads, groups = mamba.num_heads // t, max(1, mamba.num_groups // t)
     inner = heads * mamba.head_dim
-    mixed = inner + 2 * max(1, mamba.num_groups // t) * mamba.state
+    mixed = inner + 2 * groups * mamba.state
     terms = _norm(model, local, "mamba_norm")
     terms["mamba.in_proj.input"] = e * local.rows * model.hidden
-    terms["mamba.convolution.input"] = terms["mamba.scan.input"] = e * n * mixed
-    terms["mamba.scan.steps"] = 4 * n * heads
-    terms["mamba.scan.states"] = 4 * -(-n // mamba.chunk) * inner * mamba.state
+    terms["mamba.convolution.input"] = e * n * mixed
+    terms["mamba.scan.steps"] = e * n * heads
+    terms["mamba.decay"] = max(4, e) * heads
+    if local.recompute == "none":
+        terms["mamba.scan.input"] = e * n * mixed
+        terms["mamba.scan.decay"] = max(4, e) * heads
     terms["mamba.gate"] = terms["mamba.norm.input"] = e * n * inner
+    terms["mamba.norm.rsqrt"] = max(4, e) * n * groups
+    if t > mamba.num_groups:
+        # Ranks that share a group of the norm sum its squares between them, step by step.
+        terms["mamba.norm.steps"] = 3 * e * n * inner
     terms["mamba.out_proj.input"] = e * n * inner
     return terms
 
@@ -175,22 +123,36 @@ def _mamba(model: ModelShape, local: Local) -> Terms:
 _PARTS = {"attention": _attention, "mlp": _mlp, "moe": _moe, "mamba": _mamba}
 
 
-def ends_terms(model: ModelShape, local: Local, first: bool, last: bool, held: int = 1) -> Terms:
-    """What is kept outside of the layers (arXiv 2205.05198, section 4.3).
+def first_terms(model: ModelShape, local: Local) -> Terms:
+    """What the embedding keeps: a mask (arXiv 2205.05198, section 4.3), or its ids."""
+    if model.dropout:
+        return {"embedding_dropout.native_dropout.1": local.rows * model.hidden}
+    # Ids of this rank's rows, and which of them are another rank's.
+    return {"embedding.ids": (8 + 1) * local.tokens}
 
-    Args:
-        model: the model.
-        local: sizes on this rank.
-        first: this rank has the embedding.
-        last: this rank has the head.
-        held: microbatches in flight at the embedding.
-    """
-    e, h = local.element_size, model.hidden
-    terms: Terms = {}
-    if first and model.dropout:
-        terms["embedding_dropout.native_dropout.1"] = local.rows * h * held
-    if last:
-        terms |= _norm(model, local, "final_norm")
-        terms["head.input"] = e * local.rows * h
-        terms["loss.logits"] = 4 * local.tokens * -(-model.vocabulary // local.tp)
-    return terms
+
+def last_terms(model: ModelShape, local: Local) -> Terms:
+    """What the last norm, the head and the loss keep."""
+    e, columns = local.element_size, -(-model.vocabulary // local.tp)
+    wide = max(4, e)
+    terms = _norm(model, local, "final_norm")
+    terms["head.input"] = e * local.rows * model.hidden
+    if model.dropout:
+        return terms | {"loss.logits": 4 * local.tokens * columns}
+    if local.tp == 1:
+        terms["loss.logits"] = e * local.tokens * columns
+        return terms | {"loss.targets": 8 * local.tokens, "loss.logsumexp": wide * local.tokens}
+    # Exponentials of this rank's columns; targets, which are whose, and which of them count.
+    return terms | {
+        "loss.exp": wide * local.tokens * columns,
+        "loss.targets": (8 + 1 + 1) * local.tokens,
+    }
+
+
+def stage_terms(model: ModelShape, local: Local, letters: str) -> Terms:
+    """What all layers of a stage keep together: the turns of rotary positions."""
+    turned = {"T", "E", "*"} & set(letters)
+    if not turned or not model.rotary or local.recompute == "full":
+        return {}
+    wide = max(4, local.element_size)
+    return {"rotary": wide * (local.length // local.cp) * model.head_width}

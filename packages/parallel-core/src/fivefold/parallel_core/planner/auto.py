@@ -27,6 +27,7 @@ def shape_of(model: Mapping[str, Any]) -> ModelShape:
     missing = [name for name in _NEEDED if not model.get(name)]
     if missing:
         raise ConfigError(f"the model has no {', '.join(missing)}; needed: {', '.join(_NEEDED)}")
+    router, capacity = model.get("router") or {}, model.get("capacity") or {}
     layers, dense = model["num_layers"], set(model.get("dense_layers") or ())
     return ModelShape(
         name=model.get("model_type", "model"),
@@ -38,6 +39,8 @@ def shape_of(model: Mapping[str, Any]) -> ModelShape:
         vocabulary=model["vocab_size"],
         ffn=model.get("intermediate_size") or None,
         gated=True,
+        qkv_bias=bool(model.get("qkv_bias")),
+        qk_norm=bool(model.get("qk_norm")),
         tied=bool(model.get("tie_word_embeddings")),
         pattern="".join("T" if index in dense else "E" for index in range(layers)),
         experts=Experts(
@@ -45,6 +48,10 @@ def shape_of(model: Mapping[str, Any]) -> ModelShape:
             top_k=model["num_experts_per_token"],
             ffn=model["expert_intermediate_size"],
             shared_ffn=model.get("shared_intermediate_size") or 0,
+            shared_gate=bool(model.get("shared_gate")),
+            score=router.get("score", "softmax"),
+            normalize=router.get("normalize", True),
+            capacity=capacity.get("factor") if capacity.get("pad") else None,
         ),
     )
 

@@ -8,7 +8,6 @@ section 4.2.2); what is longer than the product remains.
 from dataclasses import dataclass
 from functools import lru_cache
 
-from fivefold.parallel_core.planner.activations import Local
 from fivefold.parallel_core.planner.hardware import Hardware
 from fivefold.parallel_core.planner.kernels import (
     Gemm,
@@ -17,6 +16,7 @@ from fivefold.parallel_core.planner.kernels import (
     traffic_seconds,
 )
 from fivefold.parallel_core.planner.links import Reach, seconds
+from fivefold.parallel_core.planner.local import Local
 from fivefold.parallel_core.planner.models import PARTS, ModelShape, Part
 from fivefold.parallel_core.planner.traffic import Traffic, part_backward, part_forward
 from fivefold.parallel_core.planner.work import Work, part_work

@@ -6,8 +6,14 @@ from functools import lru_cache
 
 from fivefold.parallel_core.data_parallel_config import WHOLE
 from fivefold.parallel_core.pipeline_config import deal_layers
-from fivefold.parallel_core.planner.activations import Local, Terms, ends_terms, layer_bytes
+from fivefold.parallel_core.planner.activations import (
+    first_terms,
+    last_terms,
+    layer_bytes,
+    stage_terms,
+)
 from fivefold.parallel_core.planner.held import CLOSED, peak_held
+from fivefold.parallel_core.planner.local import Local, Terms
 from fivefold.parallel_core.planner.models import ModelShape
 from fivefold.parallel_core.planner.parameters import ends_parameters, layer_parameters
 from fivefold.parallel_core.planner.setup import Setup
@@ -123,17 +129,27 @@ def _states(setup: Setup, name: str, count: int, data: str, num_ranks: int) -> T
 
 
 def activation_terms(model: ModelShape, setup: Setup, rank: int) -> Terms:
-    """What autograd keeps at the schedule's peak."""
+    """What autograd keeps at the schedule's peak, of the layers and of what is around them."""
     local = Local.of(setup)
     stages = stages_of(model, setup, rank)
+    last = setup.pp * setup.pipeline.stages_per_rank - 1
     sizes = [sum(layer_bytes(model, local, x) for x in letters) for _, letters in stages]
-    first, last = _ends(setup, [index for index, _ in stages])
-    count = setup.num_microbatches
-    held = min(count, setup.pp) if setup.pp > 1 else 1
-    if setup.pipeline.schedule == "GPipe" and setup.pp > 1:
-        held = count
-    terms = {"layers": peak_held(setup.pipeline, rank, setup.pp, count, sizes)}
-    return terms | ends_terms(model, local, first, last, held)
+    terms = {"layers": _peak(setup, rank, sizes)}
+    sizes = [
+        size + sum(stage_terms(model, local, letters).values())
+        for size, (_, letters) in zip(sizes, stages, strict=True)
+    ]
+    for name, index, found in (("embedding", 0, first_terms), ("head", last, last_terms)):
+        for part, (stage, _) in enumerate(stages):
+            if stage == index:
+                sizes[part] += sum(found(model, local).values())
+        # The peak may move: a term is what it adds to those before it.
+        terms[name] = _peak(setup, rank, sizes) - sum(terms.values())
+    return terms
+
+
+def _peak(setup: Setup, rank: int, sizes: list[int]) -> int:
+    return peak_held(setup.pipeline, rank, setup.pp, setup.num_microbatches, sizes)
 
 
 def workspace(model: ModelShape, setup: Setup, rank: int) -> int:

@@ -10,6 +10,7 @@ Part = Literal["attention", "mlp", "moe", "mamba"]
 PARTS: dict[str, tuple[Part, ...]] = {
     "T": ("attention", "mlp"),
     "E": ("attention", "moe"),
+    "X": ("moe",),
     "M": ("mamba",),
     "*": ("attention",),
     "-": ("mlp",),
@@ -26,12 +27,21 @@ class Experts(Config):
         top_k: that each token goes to.
         ffn: inner width of one.
         shared_ffn: inner width of the expert that all tokens go to; 0 is none.
+        shared_gate: that expert's output is weighed by each token.
+        score: how a router's logits become scores.
+        normalize: the weights of a token's experts are made to sum to 1.
+        capacity: every expert gets as many rows from every rank, this factor over the mean; None
+            leaves the rows as the routing has them.
     """
 
     num_experts: int
     top_k: int
     ffn: int
     shared_ffn: int = 0
+    shared_gate: bool = False
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    normalize: bool = True
+    capacity: float | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.num_experts:
@@ -73,11 +83,14 @@ class ModelShape(Config):
         ffn: inner width of a dense MLP; None is ``4 * hidden``.
         gated: the MLP, and each expert, has a gate (SwiGLU).
         bias: linears have one.
+        qkv_bias: those of queries, keys and values have one.
         norm_vectors: parameters of a norm, in units of ``hidden``: 2 LayerNorm, 1 RMSNorm.
         dropout: masks and dropped probabilities are kept (the block of arXiv 2205.05198).
         fused_attention: scores are never stored, but a float32 log-sum-exp of each query is.
         tied: the head is the embedding.
         positions: learned positions; 0 is none.
+        rotate: queries and keys are turned by their positions; None is where none are learned.
+        qk_norm: queries and keys are normalised, each head by itself.
         pattern: a letter of ``PARTS`` for each layer; None is "T", or "E" with experts.
         experts: of layers "E".
         mamba: of layers "M".
@@ -93,11 +106,14 @@ class ModelShape(Config):
     ffn: int | None = None
     gated: bool = False
     bias: bool = False
+    qkv_bias: bool = False
     norm_vectors: int = 1
     dropout: bool = False
     fused_attention: bool = True
     tied: bool = False
     positions: int = 0
+    rotate: bool | None = None
+    qk_norm: bool = False
     pattern: str | None = None
     experts: Experts | None = None
     mamba: Mamba | None = None
@@ -125,7 +141,7 @@ class ModelShape(Config):
                 f"pattern {layers!r} has {len(layers)} letters for num_layers={self.num_layers}; "
                 f"legal letters: {', '.join(PARTS)}"
             )
-        for letter, name in (("E", "experts"), ("M", "mamba")):
+        for letter, name in (("E", "experts"), ("X", "experts"), ("M", "mamba")):
             if letter in layers and getattr(self, name) is None:
                 raise ConfigError(f"pattern {layers!r} has layers {letter!r} but no {name}")
 
@@ -135,6 +151,11 @@ class ModelShape(Config):
         if self.pattern is not None:
             return self.pattern
         return ("E" if self.experts else "T") * self.num_layers
+
+    @property
+    def rotary(self) -> bool:
+        """Whether queries and keys are turned by their positions."""
+        return not self.positions if self.rotate is None else self.rotate
 
     @property
     def kv_heads(self) -> int:

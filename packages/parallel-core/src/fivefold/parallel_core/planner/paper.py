@@ -1,7 +1,8 @@
 """Figures of arXiv 2205.05198 in the paper's own counting, which leaves small terms out."""
 
-from fivefold.parallel_core.planner.activations import Local, layer_terms
+from fivefold.parallel_core.planner.activations import layer_terms
 from fivefold.parallel_core.planner.held import peak_held
+from fivefold.parallel_core.planner.local import Local
 from fivefold.parallel_core.planner.models import ModelShape
 from fivefold.parallel_core.planner.setup import Setup
 

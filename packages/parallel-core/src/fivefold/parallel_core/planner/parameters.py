@@ -34,8 +34,9 @@ def _part(model: ModelShape, part: Part, tp: int, ep: int, etp: int) -> Count:
 def _attention(model: ModelShape, tp: int) -> int:
     heads, width, h = model.num_heads // tp, model.head_width, model.hidden
     out = (heads + 2 * max(1, model.kv_heads // tp)) * width
-    bias = out + h if model.bias else 0
-    return h * out + heads * width * h + bias
+    bias = (out if model.bias or model.qkv_bias else 0) + (h if model.bias else 0)
+    norms = 2 * width if model.qk_norm else 0
+    return h * out + heads * width * h + bias + norms
 
 
 def _mlp(model: ModelShape, inner: int, tp: int) -> int:
@@ -51,6 +52,7 @@ def _moe(model: ModelShape, norm: int, tp: int, ep: int, etp: int) -> Count:
     dense = norm + model.hidden * experts.num_experts
     if experts.shared_ffn:
         dense += _mlp(model, experts.shared_ffn, tp)
+    dense += model.hidden if experts.shared_gate else 0
     return Count(dense, experts.num_experts // ep * _mlp(model, experts.ffn, etp))
 
 

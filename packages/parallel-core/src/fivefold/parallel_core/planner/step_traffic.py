@@ -5,9 +5,9 @@ routers' statistics over "tp-cp", one message of each bucket of the data axes, a
 neighbours in a pipeline meet. Tests hold calls and bytes to real runs, to equality.
 """
 
-from fivefold.parallel_core.planner.activations import Local
+from fivefold.parallel_core.planner.local import Local
 from fivefold.parallel_core.planner.memory import stage_parameters, stages_of
-from fivefold.parallel_core.planner.models import ModelShape
+from fivefold.parallel_core.planner.models import PARTS, ModelShape
 from fivefold.parallel_core.planner.setup import Setup
 from fivefold.parallel_core.planner.traffic import (
     Sent,
@@ -31,13 +31,18 @@ def step_traffic(model: ModelShape, setup: Setup, rank: int) -> Traffic:
     letters = "".join(layers for _, layers in stages)
     each = [(1.0, boundary_traffic(model, setup, borders))]
     each += [(letters.count(x), _booked(layer_traffic(model, local, x))) for x in set(letters)]
-    each.append((letters.count("E"), _statistics(model, local)))
+    each.append((num_routers(letters), _statistics(model, local)))
     each.append((1.0, _ends(model, local, 0 in indices, last in indices)))
     once = [(setup.num_microbatches, total(each)), (1.0, _data(model, setup, rank, letters))]
     if setup.pp > 1:
         # Before the first microbatch neighbours meet: one number over every border.
         once.append((1.0, {("send", "pp"): Sent(borders, 4 * borders)}))
     return {key: sent for key, sent in total(once).items() if sent.calls}
+
+
+def num_routers(letters: str) -> int:
+    """Layers of experts among a stage's."""
+    return sum("moe" in PARTS[letter] for letter in letters)
 
 
 def _booked(traffic: Traffic) -> Traffic:
@@ -85,7 +90,7 @@ def _data(model: ModelShape, setup: Setup, rank: int, letters: str) -> Traffic:
     indices = [index for index, _ in stages_of(model, setup, rank)]
     last = setup.pp * setup.pipeline.stages_per_rank - 1
     rest = 0 in indices or last in indices
-    buckets = {"dp-cp": len(letters) + rest, "edp": letters.count("E")}
+    buckets = {"dp-cp": len(letters) + rest, "edp": num_routers(letters)}
     traffic = data_traffic(setup, *stage_parameters(model, setup, rank))
     return {
         (collective, axis): Sent(calls * buckets[axis], size)

@@ -7,7 +7,6 @@ long as they take to fill and to drain the pipeline. What is not hidden is added
 from dataclasses import dataclass
 
 from fivefold.parallel_core.data_parallel_config import WHOLE
-from fivefold.parallel_core.planner.activations import Local
 from fivefold.parallel_core.planner.flops import model_flops, utilisation
 from fivefold.parallel_core.planner.hardware import Hardware
 from fivefold.parallel_core.planner.kernels import (
@@ -18,6 +17,7 @@ from fivefold.parallel_core.planner.kernels import (
 )
 from fivefold.parallel_core.planner.layer_time import layer_time
 from fivefold.parallel_core.planner.links import reaches, seconds
+from fivefold.parallel_core.planner.local import Local
 from fivefold.parallel_core.planner.memory import stage_parameters, stages_of, telling_ranks
 from fivefold.parallel_core.planner.models import ModelShape
 from fivefold.parallel_core.planner.setup import Setup

@@ -7,7 +7,7 @@ all-to-all the rows for other ranks, send all.
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from fivefold.parallel_core.planner.activations import Local
+from fivefold.parallel_core.planner.local import Local
 from fivefold.parallel_core.planner.models import PARTS, ModelShape, Part
 from fivefold.parallel_core.planner.setup import Setup
 

@@ -7,8 +7,8 @@ rows between them, e bytes of an element, h hidden.
 
 from dataclasses import dataclass
 
-from fivefold.parallel_core.planner.activations import Local
 from fivefold.parallel_core.planner.kernels import Gemm
+from fivefold.parallel_core.planner.local import Local
 from fivefold.parallel_core.planner.models import ModelShape, Part
 
 
@@ -59,8 +59,8 @@ def _attention(model: ModelShape, local: Local) -> Work:
     heads, kv = model.num_heads // local.tp, max(1, model.kv_heads // local.tp)
     width = model.head_width
     forward, backward = _around(model, local)
-    if not model.positions:
-        turned = 2 * e * n * (heads + kv) * width  # rotary positions of queries and keys
+    if model.rotary:
+        turned = 2 * e * n * (heads + kv) * width  # queries and keys
         forward, backward = forward + turned, backward + turned
     work = {
         "into": (Gemm(n, (heads + 2 * kv) * width, h),),
