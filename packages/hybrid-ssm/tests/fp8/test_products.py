@@ -86,3 +86,17 @@ def test_zeros_stay_zero_and_small_values_flush_beside_an_outlier() -> None:
         spread = linear(torch.tensor([[1e9, float("inf"), 2.0, 0.0]]))
     assert torch.equal(flushed[0, 1:3], torch.zeros(2)) and flushed[0, 0] == 1e9
     assert not torch.isfinite(spread).any()
+
+
+def test_weights_come_in_the_dtype_of_the_input() -> None:
+    """As autocast has it; the gradient is in the weight's own."""
+    linear = nn.Linear(8, 4)
+    narrow = nn.Linear(8, 4, dtype=torch.bfloat16)
+    narrow.load_state_dict(linear.state_dict())
+    x = torch.randn(3, 8, dtype=torch.bfloat16)
+    how = How(None, Format(), PRODUCTS)
+    wide = fp8(linear, FP8Linear, how)
+    y = wide(x)
+    assert torch.equal(y, fp8(narrow, FP8Linear, how)(x))
+    y.sum().backward()
+    assert wide.weight.grad.dtype == torch.float32 and wide.bias.grad.dtype == torch.float32

@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fivefold.moe import sharding
 from fivefold.moe.config import MoEConfig
 from fivefold.moe.dispatchers import DispatchConfig
+from fivefold.moe.fp8 import recipe
+from fivefold.moe.fp8_config import FP8Config
 from fivefold.moe.model import MoEForCausalLM
 from fivefold.parallel_core.build import ParallelModel, build
 from fivefold.parallel_core.errors import ConfigError
@@ -51,12 +53,16 @@ class DataConfig(run.DataConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig(run.TextRun):
-    """All of a run, as in the sections of its TOML file."""
+    """All of a run, as in the sections of its TOML file.
+
+    ``fp8``, where the file has that section, is what is computed in FP8.
+    """
 
     model: MoEConfig
     data: DataConfig = field(default_factory=DataConfig)
     context: ContextConfig = field(default_factory=ContextConfig)
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
+    fp8: FP8Config | None = None
 
 
 def load_run(
@@ -74,7 +80,7 @@ def check(config: RunConfig, world_size: int) -> Layout:
 
     Raises:
         LayoutError: the degrees do not fit the number of ranks.
-        MoEConfigError: the model does not fit the layout.
+        MoEConfigError: the model does not fit the layout, or has no layers left for FP8.
         ConfigError: the batch does not fit it, or the schedule needs more microbatches.
     """
     layout = config.layout.layout(world_size)
@@ -85,6 +91,8 @@ def check(config: RunConfig, world_size: int) -> Layout:
             f"{longest}, the longest the model is meant for; change one of them"
         )
     sharding.check(config.model, layout, length, config.context)
+    if config.fp8 is not None:
+        config.fp8.check(config.model.num_layers)
     check_training(config.training, layout, lambda: MoEForCausalLM(config.model))
     sharding.check_stages(config.model, layout.pp * config.training.pipeline.stages_per_rank)
     return layout
@@ -105,6 +113,9 @@ def build_model(config: RunConfig, topology: Topology) -> ParallelModel:
     )
     first: Any = model.parts[0]
     model.initialise(first.initialisation, config.training.seed)
+    if config.fp8 is not None:
+        for part in model.parts:
+            recipe(cast(MoEForCausalLM, part), topology, **config.fp8.to_dict())
     return model
 
 

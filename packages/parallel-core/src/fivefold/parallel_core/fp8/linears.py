@@ -126,25 +126,18 @@ def _sum_products(
 
 def linears(x: Tensor, modules: list[Any], how: How) -> tuple[Tensor, ...]:
     """Several linears of one input, with their biases; one rounding of the input for all."""
+    # As autocast has it: weights in the dtype of the input.
+    weights = [each.weight.to(x.dtype) for each in modules]
+    biases = [None if each.bias is None else each.bias.to(x.dtype) for each in modules]
     if how.alone:
         form = how.format
+        kind, power = form.grad_dtype, form.power_of_2
         return tuple(
-            how.products.linear(
-                x,
-                each.weight,
-                each.bias,
-                grad_dtype=form.grad_dtype,
-                power_of_2_scale=form.power_of_2,
-            )
-            for each in modules
+            how.products.linear(x, weight, bias, grad_dtype=kind, power_of_2_scale=power)
+            for weight, bias in zip(weights, biases, strict=True)
         )
-    # As autocast and the op on one rank have it: weights in the dtype of the input.
-    weights = [each.weight.to(x.dtype) for each in modules]
     out: tuple[Tensor, ...] = _SplitLinears.apply(x, how, *weights)
-    return tuple(
-        y if each.bias is None else y + each.bias.to(y.dtype)
-        for y, each in zip(out, modules, strict=True)
-    )
+    return tuple(y if bias is None else y + bias for y, bias in zip(out, biases, strict=True))
 
 
 class FP8Linear(nn.Linear):
