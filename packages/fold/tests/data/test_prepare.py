@@ -52,14 +52,16 @@ def run(mixed: Path, out: str = "out", **options: Any) -> module.Found:
 def test_what_is_left_out_is_named_and_the_run_goes_on(mixed: Path) -> None:
     found = run(mixed)
     dropped = {each["name"]: each["reason"] for each in found.dropped}
-    assert set(dropped) == {"broken.cif", "2q2k_B"}
+    assert set(dropped) == {"broken.cif"}
     assert "damaged" in dropped["broken.cif"]
-    assert "hits.a3m cannot be read: an alignment of no sequence" in dropped["2q2k_B"]
     notes = [(each["name"], each["note"]) for each in found.notes]
     assert ("1ubq_A", "no alignment; the chain is its own") in notes
     assert ("1kd8_A", "unknown residues at 1 (1 in all)") in notes
+    assert ("2q2k_B", "no alignment; the chain is its own") in notes
+    empty = "hits.a3m cannot be read: an alignment of no sequence"
+    assert [name for name, note in notes if "left out" in note and empty in note] == ["2q2k_B"]
     rows = {each["name"]: each["num_rows"] for each in found.chains}
-    assert rows["2q2k_A"] == 17 and rows["1ubq_A"] == 1 and len(rows) == 8
+    assert rows["2q2k_A"] == 17 and rows["1ubq_A"] == rows["2q2k_B"] == 1 and len(rows) == 9
     assert json.loads((mixed / "out/index.json").read_text())["dropped"] == found.dropped
     strict = run(mixed, "strict", filters=Filters(need_alignment=True, max_resolution=3.5))
     assert [each["name"] for each in strict.chains] == ["2q2k_A"]
@@ -67,6 +69,14 @@ def test_what_is_left_out_is_named_and_the_run_goes_on(mixed: Path) -> None:
     reasons = " ".join(each["reason"] for each in strict.dropped)
     assert "resolution 3.0 Å, below 1.82 is kept" in reasons
     assert "9 of 76 residues are of one kind" in reasons and not strict.chains
+
+
+def test_a_search_that_found_nothing_does_not_cost_what_others_found(mixed: Path) -> None:
+    (mixed / "alignments/2q2k_A/mgnify_hits.sto").write_text("# STOCKHOLM 1.0\n//\n")
+    found = run(mixed)
+    assert {each["name"]: each["num_rows"] for each in found.chains}["2q2k_A"] == 17
+    notes = [each["note"] for each in found.notes if each["name"] == "2q2k_A"]
+    assert len(notes) == 1 and "mgnify_hits.sto" in notes[0]
 
 
 def test_a_killed_run_goes_on(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,9 +101,10 @@ def test_a_killed_run_goes_on(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> N
         name = f"shard-0000{n}.safetensors"
         assert (mixed / "out" / name).read_bytes() == (mixed / "whole" / name).read_bytes()
     # A file that has changed is read again, and its shard alone.
-    (mixed / "alignments/2q2k_B/hits.a3m").unlink()
+    (mixed / "alignments/2q2k_B/hits.a3m").write_text(">another\nMKV\n")
     done.clear()
-    assert "2q2k_B" in {each["name"] for each in run(mixed, files_per_shard=1).chains}
+    changed = {each["name"]: each["reason"] for each in run(mixed, files_per_shard=1).dropped}
+    assert "its alignment is of 'MKV'" in changed["2q2k_B"]
     assert len(done) == 1
 
 

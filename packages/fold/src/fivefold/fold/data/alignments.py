@@ -61,11 +61,16 @@ class Alignment:
         )
 
 
+class EmptyAlignmentError(FoldDataError):
+    """There is no sequence in an alignment, as where a search found nothing."""
+
+
 def read_alignment(path: str | Path) -> Alignment:
     """Read .a3m, .sto or .stockholm, packed with gzip (.gz) or not.
 
     Raises:
-        FoldDataError: no such file or format, empty, or rows that do not fit; with the file's name.
+        EmptyAlignmentError: there is no sequence in it; with the file's name, as below.
+        FoldDataError: no such file or format, or rows that do not fit.
     """
     path = Path(path)
     plain = Path(path.stem) if path.suffix == ".gz" else path
@@ -75,6 +80,8 @@ def read_alignment(path: str | Path) -> Alignment:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
         return parse_a3m(text) if plain.suffix == ".a3m" else parse_stockholm(text)
+    except EmptyAlignmentError as error:
+        raise EmptyAlignmentError(f"{path} cannot be read: {error}") from error
     except (OSError, EOFError, UnicodeDecodeError, FoldDataError) as error:
         raise FoldDataError(f"{path} cannot be read: {error}") from error
 
@@ -101,7 +108,8 @@ def parse_a3m(text: str) -> Alignment:
     """An alignment whose insertions are lower case; dots, which pad them, say nothing.
 
     Raises:
-        FoldDataError: empty, or rows of different lengths.
+        EmptyAlignmentError: there is no sequence, or an empty one.
+        FoldDataError: rows of different lengths.
     """
     rows = []
     # Sequences of ColabFold's files may follow a line of comment and end with a zero byte.
@@ -117,7 +125,8 @@ def parse_stockholm(text: str) -> Alignment:
     """An alignment of which the columns where the first sequence has a gap are insertions.
 
     Raises:
-        FoldDataError: empty, or rows of different lengths.
+        EmptyAlignmentError: there is no sequence, or an empty one.
+        FoldDataError: rows of different lengths.
     """
     blocks: dict[str, list[str]] = {}
     for line in text.splitlines():
@@ -154,7 +163,7 @@ def _counts(inserted: NDArray[np.bool_], columns: NDArray[np.bool_]) -> NDArray[
 
 def _alignment(rows: Sequence[_Row]) -> Alignment:
     if not rows or not len(rows[0][1]):
-        raise FoldDataError("an alignment of no sequence, or of an empty one")
+        raise EmptyAlignmentError("an alignment of no sequence, or of an empty one")
     length = len(rows[0][1])
     for number, (name, letters, _) in enumerate(rows):
         if len(letters) != length:

@@ -7,7 +7,14 @@ from typing import Any
 import numpy as np
 
 from fivefold.fold.data.alignments import SUFFIXES as ALIGNMENT_SUFFIXES
-from fivefold.fold.data.alignments import Alignment, join, query_only, read_alignment, sequence_of
+from fivefold.fold.data.alignments import (
+    Alignment,
+    EmptyAlignmentError,
+    join,
+    query_only,
+    read_alignment,
+    sequence_of,
+)
 from fivefold.fold.data.structures import Chain, Structure, read_structure
 from fivefold.fold.errors import FoldDataError
 
@@ -77,7 +84,7 @@ def read_file(
         name = f"{structure.name}_{chain.name}"
         reason = _reason_to_drop(structure, chain, filters)
         try:
-            alignment = None if reason else _alignment_of(name, chain, alignments)
+            alignment, empty = (None, []) if reason else _alignment_of(name, chain, alignments)
         except FoldDataError as error:
             reason = str(error)
         if not reason and alignment is None and filters.need_alignment:
@@ -85,7 +92,7 @@ def read_file(
         if reason:
             found.dropped.append({"name": name, "reason": reason})
             continue
-        _note(found, name, chain, alignment is None)
+        _note(found, name, chain, alignment is None, empty)
         alignment = alignment or query_only(chain.sequence)
         found.chains.append(_record(name, structure, chain, alignment))
         arrays[f"{name}/positions"] = chain.positions
@@ -142,7 +149,8 @@ def _reason_to_drop(structure: Structure, chain: Chain, filters: Filters) -> str
     return ""
 
 
-def _note(found: Found, name: str, chain: Chain, alone: bool) -> None:
+def _note(found: Found, name: str, chain: Chain, alone: bool, empty: list[str]) -> None:
+    found.notes.extend({"name": name, "note": f"left out: {each}"} for each in empty)
     if "X" in chain.sequence:
         places = [str(i + 1) for i, letter in enumerate(chain.sequence) if letter == "X"]
         note = f"unknown residues at {', '.join(places[:10])} ({len(places)} in all)"
@@ -165,18 +173,26 @@ def _within(place: Path) -> list[Path]:
     return sorted(place.iterdir()) if place.is_dir() else [place]
 
 
-def _alignment_of(name: str, chain: Chain, folder: str | Path | None) -> Alignment | None:
-    files = alignment_files(folder, name) + alignment_files(folder, f"{name}.*")
-    if not files:
-        return None
-    alignment = join([read_alignment(path) for path in files])
+def _alignment_of(
+    name: str, chain: Chain, folder: str | Path | None
+) -> tuple[Alignment | None, list[str]]:
+    """A chain's alignment, None where no file holds a sequence, and what says which do not."""
+    parts, empty = [], []
+    for path in alignment_files(folder, name) + alignment_files(folder, f"{name}.*"):
+        try:
+            parts.append(read_alignment(path))
+        except EmptyAlignmentError as error:
+            empty.append(str(error))
+    if not parts:
+        return None, empty
+    alignment = join(parts)
     theirs = sequence_of(alignment)
     same = len(theirs) == len(chain.sequence) and all(
         a == b or "X" in (a, b) for a, b in zip(theirs, chain.sequence, strict=True)
     )
     if not same:
         raise FoldDataError(f"its alignment is of {theirs!r}, the chain is {chain.sequence!r}")
-    return alignment
+    return alignment, empty
 
 
 def _record(name: str, structure: Structure, chain: Chain, alignment: Alignment) -> dict[str, Any]:
