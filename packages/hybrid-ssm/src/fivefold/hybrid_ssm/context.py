@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fivefold.hybrid_ssm.blocks.mamba import HeadValues, MambaCore, Rules
+from fivefold.hybrid_ssm.blocks.heads import HeadValues
+from fivefold.hybrid_ssm.blocks.mamba import MambaCore, Rules
 from fivefold.hybrid_ssm.cache import MambaState
 from fivefold.hybrid_ssm.errors import HybridInputError
 from fivefold.hybrid_ssm.memory import ALONE, Context

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fivefold.hybrid_ssm.blocks.mamba import Heads
+from fivefold.hybrid_ssm.blocks.heads import Heads
 from fivefold.hybrid_ssm.norm import GatedNorm
 from fivefold.parallel_core.collectives import all_reduce, copy
 from fivefold.parallel_core.parameters import ParameterTable, Placement

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fivefold.hybrid_ssm.cache import HybridCache
 from fivefold.hybrid_ssm.errors import HybridInputError
+from fivefold.hybrid_ssm.packed import Packed
 from fivefold.parallel_core.documents import Documents
 
 
@@ -23,6 +24,7 @@ class Context:
         mask: (B, S), False at padding; None where there is none.
         key_mask: (B, T), the same of all keys.
         documents: packed in the rows; None where each row is one.
+        packed: where they lie, if the cache is to hold each of them by itself.
     """
 
     cache: HybridCache | None = None
@@ -30,11 +32,20 @@ class Context:
     mask: Tensor | None = None
     key_mask: Tensor | None = None
     documents: Documents | None = None
+    packed: Packed | None = None
 
     @property
     def seq_ids(self) -> Tensor | None:
         """(B, S) integers that are equal within a document and differ between neighbours."""
         return None if self.documents is None else self.documents.starts
+
+    def num_tokens(self, given: int) -> int:
+        """Tokens by which a cache grows when rows of so many ``given`` ones are read."""
+        return given if self.packed is None else self.packed.longest
+
+    def last(self, x: Tensor, count: int) -> Tensor:
+        """The last ``count`` tokens of each sequence."""
+        return x[:, -count:] if self.packed is None else self.packed.last(x, count)
 
 
 ALONE = Context()
@@ -60,17 +71,22 @@ def make_context(
 
     Raises:
         HybridInputError: shapes that do not fit, no room in the cache, or documents together with
-            a cache or padding.
+            padding or with a cache that has tokens.
     """
     if mask is not None and tuple(mask.shape) != shape:
         raise HybridInputError(
             f"attention_mask has shape {tuple(mask.shape)}; it must be that of the tokens, {shape}"
         )
-    if starts is not None and (cache is not None or mask is not None):
+    if starts is not None and (mask is not None or (cache is not None and cache.length)):
         raise HybridInputError(
-            "several documents in a row came together with a cache or an attention_mask; pack "
-            "without them, or give each document a row"
+            "several documents in a row came together with an attention_mask or a cache of "
+            f"{cache.length if cache else 0} tokens; pack without a mask and into an empty cache, "
+            "or give each document a row"
         )
+    if cache is not None and starts is not None:
+        packed = Packed.of(starts)
+        cache.begin(packed.longest, packed.mask(starts.device), has_attention)
+        return Context(cache, documents=Documents(starts), packed=packed)
     if mask is not None:
         mask = None if bool(mask.all()) else mask.to(torch.bool)
     start, key_mask = 0, mask

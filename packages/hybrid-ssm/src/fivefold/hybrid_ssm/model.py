@@ -149,17 +149,20 @@ class HybridForCausalLM(Pretrained):
             attention_mask: (B, S) of these tokens, 0 at padding; as it has no positions, the model
                 gives the others the same logits as without padding.
             seq_ids: integers (B, S); tokens of one row see only those of their own id, which lie
-                side by side: packed documents.
+                side by side: packed documents. An empty cache then gets each document as a
+                sequence of its own, in order, as if they had come padded on the left.
             document_starts: the same said in another way, which holds for parts of sequences too:
                 for each token the position, in the whole sequence, of its document's first.
-            logits_to_keep: logits of so many last tokens only; 0 is all.
+            logits_to_keep: logits of so many last tokens only, of each document where they are
+                packed into a cache; 0 is all.
 
         Returns:
-            Logits (B, S, V), or hidden states (B, S, H) where ``lm_head`` is None.
+            Logits (B, S, V), or hidden states (B, S, H) where ``lm_head`` is None; of the last
+            tokens of packed documents (documents, tokens, V).
 
         Raises:
             HybridInputError: shapes that do not fit, no room in the cache, or documents together
-                with a cache or padding.
+                with padding or with a cache that has tokens.
         """
         shape = (x.shape[0], x.shape[1])
         if seq_ids is not None:
@@ -172,8 +175,8 @@ class HybridForCausalLM(Pretrained):
         for layer in self.layers.values():
             x = layer(x, context)
         if cache is not None:
-            cache.advance(shape[1])
-        return self._logits(x[:, -logits_to_keep:] if logits_to_keep else x)
+            cache.advance(context.num_tokens(shape[1]))
+        return self._logits(context.last(x, logits_to_keep) if logits_to_keep else x)
 
     def _logits(self, x: Tensor) -> Tensor:
         if self.norm is not None:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 class Reader:
     """Reads tokens and gives the logits of the next one, with a cache or without.
 
+    Prompts of unequal length are packed into one row where they are to be read at once, so that
+    nothing is computed of padding.
+
     Args:
         model: a whole model.
         prompts: what is read first.
@@ -64,6 +67,8 @@ class Reader:
         """Logits after the prompts (B, V)."""
         if self.cache is None:
             return self._all()
+        if self._worth_packing():
+            return self._packed()
         start, length = self.cache.length, self.ids.shape[1]
         size = length - start if self.chunk_size is None else self.chunk_size
         logits = None
@@ -92,6 +97,22 @@ class Reader:
         self.ids, self.mask = self.ids[rows], None if self.mask is None else self.mask[rows]
         if self.cache is not None:
             self.cache = self.cache.fork(rows=rows)
+
+    def _worth_packing(self) -> bool:
+        """Whether there is padding, and prompts without it are few enough to be read at once."""
+        if self.cache is None or self.cache.length or self.mask is None:
+            return False
+        # The cache is then as long as the longest prompt, which has to be all of a row.
+        return bool(self.mask.all(dim=1).any()) and (
+            self.chunk_size is None or int(self.mask.sum()) <= self.chunk_size
+        )
+
+    def _packed(self) -> Tensor:
+        rows = torch.arange(len(self.ids), device=self.ids.device).unsqueeze(1)
+        rows = rows.expand(self.ids.shape)[self.mask]
+        ids = self.ids[self.mask].unsqueeze(0)
+        logits = self.model(ids, self.cache, seq_ids=rows.unsqueeze(0), logits_to_keep=1)
+        return logits[:, -1]
 
     def _all(self) -> Tensor:
         return self.model(self.ids, attention_mask=self.mask, logits_to_keep=1)[:, -1]

@@ -110,7 +110,11 @@ class Attention(nn.Module):
     def forward(self, x_bsh: Tensor, context: Context = ALONE, name: str = "") -> Tensor:
         """Hidden states (B, S, H) to (B, S, H); the layer's name finds its part of the cache."""
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv(x_bsh))
-        if context.cache is not None:
+        if context.cache is not None and context.packed is not None:
+            out = self.core(q, k, v, documents=context.documents)
+            k, v = (context.packed.aligned(each, context.packed.longest) for each in (k, v))
+            context.cache.keys_values(name).append(k, v, 0)
+        elif context.cache is not None:
             k, v = context.cache.keys_values(name).append(k, v, context.start)
             out = self.core(q, k, v, context.start, key_mask=context.key_mask)
         elif context.key_mask is not None:

@@ -7,11 +7,12 @@ Legend: B sequences, S tokens here, H heads, P width of a head, G groups, N leng
 K channels (of x, then of B and C), W taps.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from fivefold.hybrid_ssm.blocks.heads import Heads, HeadValues
 from fivefold.hybrid_ssm.cache import MambaState
 from fivefold.hybrid_ssm.config import HybridConfig
 from fivefold.hybrid_ssm.memory import ALONE, Context
@@ -20,7 +21,7 @@ from fivefold.hybrid_ssm.ops.causal_conv1d import causal_conv1d
 from fivefold.hybrid_ssm.ops.conv_update import conv_update, conv_update_
 from fivefold.hybrid_ssm.ops.ssd_scan import ssd_scan
 from fivefold.hybrid_ssm.ops.state_update import state_update, state_update_
-from fivefold.hybrid_ssm.precision import KeepsFloat32
+from fivefold.hybrid_ssm.packed import Packed
 from fivefold.kernels import Linear
 from fivefold.parallel_core.linear_group import LinearGroup
 
@@ -38,86 +39,6 @@ class Rules:
     head_dim: int
     state_size: int
     dt_limit: tuple[float, float]
-
-
-@dataclass(frozen=True, slots=True)
-class HeadValues:
-    """The parameters of the heads that a rank computes, as the scan takes them.
-
-    Attributes:
-        weights: taps of the channels of x, B and C, each (K, W).
-        biases: of the same, each (K,), or None.
-        decay: A, (H,), negative, in float32 or wider.
-        skip: D, (H,).
-        dt_bias: (H,).
-    """
-
-    weights: tuple[Tensor, Tensor, Tensor]
-    biases: tuple[Tensor | None, Tensor | None, Tensor | None]
-    decay: Tensor
-    skip: Tensor
-    dt_bias: Tensor
-    _joined: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
-
-    def joined(self) -> tuple[Tensor, Tensor | None]:
-        """Taps (K, W) and biases (K,) of all channels; made once."""
-        if not self._joined:
-            bias = None if self.biases[0] is None else torch.cat(self.biases)  # type: ignore[arg-type]
-            self._joined.append((torch.cat(self.weights), bias))
-        return self._joined[0]
-
-
-class Taps(nn.Module):
-    """Taps and bias of some channels of the depthwise convolution."""
-
-    def __init__(self, num_channels: int, width: int, bias: bool):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_channels, width))
-        self.bias = nn.Parameter(torch.empty(num_channels)) if bias else None
-
-
-class Heads(KeepsFloat32):
-    """The parameters that belong to heads and groups; a rank may hold some of them.
-
-    All are split along their first dim.
-    """
-
-    wide = ("A_log", "D", "dt_bias")
-
-    def __init__(self, config: HybridConfig):
-        super().__init__()
-        num_shared = config.num_groups * config.state_size
-        widths = {"conv_x": config.mamba_width, "conv_b": num_shared, "conv_c": num_shared}
-        for name, width in widths.items():
-            self.add_module(name, Taps(width, config.conv_width, config.use_conv_bias))
-        self.A_log = nn.Parameter(torch.empty(config.num_mamba_heads))
-        self.D = nn.Parameter(torch.empty(config.num_mamba_heads))
-        self.dt_bias = nn.Parameter(torch.empty(config.num_mamba_heads))
-        self._kept: tuple[object, HeadValues] | None = None
-
-    def forward(self) -> HeadValues:
-        """The values of this rank's heads.
-
-        Without gradients they are kept until a parameter changes: a decoded token is so little
-        work that making them anew would show.
-        """
-        if torch.is_grad_enabled():
-            return self._values()
-        state = tuple((p.data_ptr(), p._version, p.dtype) for p in self.parameters())
-        if self._kept is None or self._kept[0] != state:
-            self._kept = (state, self._values())
-        return self._kept[1]
-
-    def _values(self) -> HeadValues:
-        x, b, c = (self.get_submodule(f"conv_{name}") for name in "xbc")
-        wide = torch.promote_types(self.A_log.dtype, torch.float32)
-        return HeadValues(
-            weights=(x.weight, b.weight, c.weight),  # type: ignore[arg-type]
-            biases=(x.bias, b.bias, c.bias),  # type: ignore[arg-type]
-            decay=-self.A_log.to(wide).exp(),
-            skip=self.D.to(wide),
-            dt_bias=self.dt_bias.to(wide),
-        )
 
 
 class MambaCore(nn.Module):
@@ -154,6 +75,8 @@ class MambaCore(nn.Module):
         is_step = x_bsk.shape[1] == 1 and context.mask is None
         if is_step and state is not None and state.ssm is not None:
             return self._step(x_bsk, b_bsk, c_bsk, dt_bsh, values, state)
+        if context.packed is not None and state is not None:
+            return self._packed((x_bsk, b_bsk, c_bsk, dt_bsh), values, context.packed, state)
         if context.mask is not None:
             # Padding is nothing: no input to the convolution, and below none to the state.
             mask = context.mask.unsqueeze(-1)
@@ -220,6 +143,25 @@ class MambaCore(nn.Module):
             return_final_state=True,
         )
         return y_bshp.flatten(-2), last
+
+    def _packed(
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+        values: HeadValues,
+        packed: Packed,
+        state: MambaState,
+    ) -> Tensor:
+        """Documents one after the other; ``state`` is left as after the last token of each."""
+        parts = [packed.cut(each) for each in inputs]
+        outs, afters, lasts = [], [], []
+        for x, b, c, dt in zip(*parts, strict=True):
+            x, b, c, after = self.convolve((x, b, c), values)
+            y, last = self.scan((x, b, c, dt), values)
+            outs.append(y)
+            afters.append(after)
+            lasts.append(last)
+        state.conv, state.ssm = torch.cat(afters), torch.cat(lasts)
+        return packed.join(outs, len(inputs[0]))
 
     def _step(
         self,
