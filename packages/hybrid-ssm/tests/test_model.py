@@ -267,8 +267,8 @@ def test_what_heads_keep_follows_their_parameters(oracle: Oracle) -> None:
             r"seq_ids are torch.int64 of shape \(2, 5\); they must be .* \(2, 4\)$",
         ),
         (
-            {"seq_ids": torch.ones(2, 4, dtype=torch.long), "cache": HybridCache(4)},
-            "several documents in a row came together with a cache",
+            {"seq_ids": torch.ones(2, 4, dtype=torch.long), "attention_mask": torch.ones(2, 4)},
+            "several documents in a row came together with an attention_mask",
         ),
         ({"cache": HybridCache(3)}, "room for 3 tokens and holds 0; 4 more do not fit; .*=4"),
     ],
