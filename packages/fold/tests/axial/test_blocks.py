@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from axial_job import network
 from torch import Tensor, nn
 
 from fivefold.fold.model.blocks import EvoformerBlock, Masks
 from fivefold.fold.sharding import AxialBlock
+from fivefold.parallel_core.activations import ActivationLedger
 from fivefold.parallel_core.exchange import Journey
 from fivefold.parallel_core.launcher import launch
 from fivefold.parallel_core.layout import Layout
@@ -96,3 +98,26 @@ def test_gradients_of_the_msa_travel_while_those_of_pairs_are_computed(
         between = {note.split()[0] for note in backward[begins + 1 : ends]}
         # All six exchanges of the pairs go back in between.
         assert between >= {str(number) for number in range(MSA_TO_ROWS + 1, 11)}
+
+
+def _kept() -> int:
+    """Bytes that one rank keeps of a block for its backward pass."""
+    size = dist.get_world_size()
+    topology = Topology(Layout(size, tp=size))
+    block = EvoformerBlock(network().evoformer, C_M, C_Z, is_extra=False)
+    block = AxialBlock().apply(block, "block", ParameterTable(topology))
+    m = torch.randn(16 // size, 24, C_M, requires_grad=True)
+    z = torch.randn(24, 24 // size, C_Z, requires_grad=True)
+    masks = Masks.of(torch.ones(16, 24), torch.ones(24, 24))
+    with ActivationLedger(block) as ledger:
+        outputs = block(m, z, masks)
+        kept = ledger.live
+    del outputs
+    return kept
+
+
+def test_ranks_keep_less_the_more_they_are() -> None:
+    alone, pair, four = (max(launch(_kept, size, timeout=60)) for size in (1, 2, 4))
+    # What is gathered stays whole on all of them.
+    assert pair < 0.6 * alone
+    assert four < 0.4 * alone
