@@ -2,9 +2,10 @@
 
     python packages/moe/benchmarks/model.py --output packages/moe/benchmarks/model_cpu.json
 
-Both models have the same weights and get the same 2048 tokens. Calls alternate, in one process, so
-that whatever else the machine does meets both; the ratio is that of the fastest calls. Peak memory
-is that of one forward and backward in a process of its own.
+Both models have the same weights and get the same 2048 tokens, other ones in every round, as in
+training: experts then get other numbers of rows. Calls alternate, in one process, so that whatever
+else the machine does meets both; the ratio is that of the medians. Peak memory is what three such
+steps add to a process of their own that has loaded the model.
 """
 
 import argparse
@@ -15,8 +16,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -66,13 +69,14 @@ def load(folder: str, name: str, dtype: torch.dtype) -> torch.nn.Module:
 
 def step(model: torch.nn.Module, ids: Tensor) -> None:
     """Logits, the token loss and all gradients."""
+    # As transformers' own loss has it: logits stay whole, and the last has no target.
+    targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
     out = model(ids)
-    logits = out if isinstance(out, Tensor) else out.logits
     if isinstance(model, MoEForCausalLM):
-        loss = model.loss(logits[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()
+        loss = model.loss(out, targets) / ids[:, 1:].numel()
     else:
-        shifted = logits[:, :-1].flatten(0, 1).float()
-        loss = torch.nn.functional.cross_entropy(shifted, ids[:, 1:].flatten())
+        logits = out.logits.flatten(0, 1).float()
+        loss = torch.nn.functional.cross_entropy(logits, targets.flatten())
     loss.backward()
     model.zero_grad()
 
@@ -85,20 +89,25 @@ def seconds(call: Callable[[], None]) -> float:
 
 
 def compare(folder: str, dtype: torch.dtype, rounds: int) -> dict[str, float]:
-    """The fastest of alternating calls of every model, in seconds."""
-    ids = torch.randint(0, SHAPE["vocab_size"], (SEQUENCES, LENGTH))
+    """The median of alternating calls of every model, in seconds."""
     models = {name: load(folder, name, dtype) for name in ("fivefold", *BACKENDS)}
-    best = dict.fromkeys(models, float("inf"))
+    spent: dict[str, list[float]] = {name: [] for name in models}
     for number in range(rounds + 1):
-        for name in list(models):
-            spent = seconds(lambda model=models[name]: step(model, ids))
+        ids = tokens()
+        for name, model in models.items():
+            took = seconds(partial(step, model, ids))
             if number:  # the first round warms up
-                best[name] = min(best[name], spent)
-    return best
+                spent[name].append(took)
+    return {name: median(times) for name, times in spent.items()}
+
+
+def tokens() -> Tensor:
+    """Random ids of all sequences."""
+    return torch.randint(0, SHAPE["vocab_size"], (SEQUENCES, LENGTH))
 
 
 def peak(folder: str, name: str, dtype: str) -> int:
-    """Bytes that a forward and backward adds to a process that has the model and its gradients."""
+    """Bytes that forwards and backwards add to a process that has the model."""
     words = [sys.executable, __file__, "--peak", name, "--folder", folder, "--dtype", dtype]
     done = subprocess.run(words, check=True, capture_output=True, text=True)
     return int(done.stdout.split()[-1])
@@ -107,11 +116,10 @@ def peak(folder: str, name: str, dtype: str) -> int:
 def measure_peak(folder: str, name: str, dtype: torch.dtype) -> int:
     """The same, in this process."""
     model = load(folder, name, dtype)
-    ids = torch.randint(0, SHAPE["vocab_size"], (SEQUENCES, LENGTH))
-    step(model, ids[:, :8])
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = status("VmRSS")
-    step(model, ids)
+    for _ in range(3):
+        step(model, tokens())
     return status("VmHWM") - before
 
 
