@@ -33,5 +33,5 @@ def test_the_mean_of_the_main_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(HybridConfigError, match=r"pip install 'lm-eval\[hf\]'"):
+    with pytest.raises(HybridConfigError, match=r"pip install 'fivefold-hybrid-ssm\[lm-eval\]'"):
         harness(["arc"])

@@ -29,7 +29,7 @@ def harness(
         lm_eval = import_module("lm_eval")
     except ModuleNotFoundError:
         raise HybridConfigError(
-            "benchmarks need lm-evaluation-harness: pip install 'lm-eval[hf]'"
+            "benchmarks need lm-evaluation-harness: pip install 'fivefold-hybrid-ssm[lm-eval]'"
         ) from None
 
     def score(folder: Path) -> float:
