@@ -141,12 +141,20 @@ def last_terms(model: ModelShape, local: Local) -> Terms:
         return terms | {"loss.logits": 4 * local.tokens * columns}
     if local.tp == 1:
         terms["loss.logits"] = e * local.tokens * columns
-        return terms | {"loss.targets": 8 * local.tokens, "loss.logsumexp": wide * local.tokens}
+        return terms | {"loss.logsumexp": wide * local.tokens}
     # Exponentials of this rank's columns; targets, which are whose, and which of them count.
     return terms | {
         "loss.exp": wide * local.tokens * columns,
         "loss.targets": (8 + 1 + 1) * local.tokens,
     }
+
+
+def target_bytes(model: ModelShape, local: Local, num_microbatches: int) -> int:
+    """Of the ids that the loss keeps: a step's, of which each microbatch has a part.
+
+    Where the head is split over ranks each microbatch makes its own, see ``last_terms``.
+    """
+    return 0 if model.dropout or local.tp > 1 else 8 * local.tokens * num_microbatches
 
 
 def stage_terms(model: ModelShape, local: Local, letters: str) -> Terms:

@@ -11,6 +11,7 @@ from fivefold.parallel_core.planner.activations import (
     last_terms,
     layer_bytes,
     stage_terms,
+    target_bytes,
 )
 from fivefold.parallel_core.planner.held import CLOSED, peak_held
 from fivefold.parallel_core.planner.local import Local, Terms
@@ -121,7 +122,8 @@ def _states(setup: Setup, name: str, count: int, data: str, num_ranks: int) -> T
     shared = -(-count // ranks)
     whole = form in WHOLE
     return {
-        f"{name}.weights": setup.weight_size * (count if whole else shared),
+        # Shards are the main weights, which are the optimizer's; gathered ones are workspace.
+        f"{name}.weights": setup.weight_size * count if whole else 0,
         f"{name}.gradients": setup.gradient_size
         * (count if whole or setup.num_microbatches > 1 else shared),
         f"{name}.optimizer": setup.optimizer_size * (count if form == "replicate" else shared),
@@ -145,6 +147,8 @@ def activation_terms(model: ModelShape, setup: Setup, rank: int) -> Terms:
                 sizes[part] += sum(found(model, local).values())
         # The peak may move: a term is what it adds to those before it.
         terms[name] = _peak(setup, rank, sizes) - sum(terms.values())
+    if stages[-1][0] == last:
+        terms["head"] += target_bytes(model, local, setup.num_microbatches)
     return terms
 
 
@@ -171,7 +175,8 @@ def _gathered(setup: Setup, data: str, counts: list[int]) -> int:
     form = setup.data.form_of(data)
     if form in WHOLE:
         return 0
-    return setup.element_size * (sum(counts) if form == "zero2" else 2 * max(counts))
+    stays = form == "zero2" or setup.pp > 1  # a pipeline's backwards leave parameters gathered
+    return setup.element_size * (sum(counts) if stays else 2 * max(counts))
 
 
 def _transient(model: ModelShape, local: Local, letter: str) -> int:

@@ -5,6 +5,7 @@ routers' statistics over "tp-cp", one message of each bucket of the data axes, a
 neighbours in a pipeline meet. Tests hold calls and bytes to real runs, to equality.
 """
 
+from fivefold.parallel_core.planner.expert_terms import INDEX
 from fivefold.parallel_core.planner.local import Local
 from fivefold.parallel_core.planner.memory import stage_parameters, stages_of
 from fivefold.parallel_core.planner.models import PARTS, ModelShape
@@ -20,10 +21,7 @@ from fivefold.parallel_core.planner.traffic import (
 
 
 def step_traffic(model: ModelShape, setup: Setup, rank: int) -> Traffic:
-    """Of a step on a rank of pipeline rank ``rank``; routing is even, as ``imbalance`` says.
-
-    Whole parameters ("replicate", "zero1") only: FSDP's messages are those of its modules.
-    """
+    """Of a step on a rank of pipeline rank ``rank``; routing is even, as ``imbalance`` says."""
     local, stages = Local.of(setup), stages_of(model, setup, rank)
     last = setup.pp * setup.pipeline.stages_per_rank - 1
     borders = sum((index > 0) + (index < last) for index, _ in stages)
@@ -62,7 +60,7 @@ def _statistics(model: ModelShape, local: Local) -> Traffic:
     num_ranks = local.tp * local.cp
     if num_ranks == 1 or model.experts is None:
         return {}
-    size = local.microbatch * (model.experts.num_experts + 1) * local.element_size
+    size = local.microbatch * (model.experts.num_experts + 1) * INDEX
     times = 2 if local.recompute == "full" else 1
     sent = times * 2 * (num_ranks - 1) / num_ranks * size
     return {("all_reduce", "tp-cp"): Sent(times, sent)}

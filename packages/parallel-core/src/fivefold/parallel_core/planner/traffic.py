@@ -150,9 +150,21 @@ def _data(setup: Setup, axis: str, count: int, num_ranks: int) -> Traffic:
     form = setup.data.form_of(axis)
     if form == "replicate":
         return {("all_reduce", axis): Sent(1, 2 * away * setup.gradient_size)}
-    # FSDP shards again after each backward, and under ZeRO-3 after each forward.
-    gathers = {"zero2": 1, "zero3": 2}.get(form, 0) * setup.num_microbatches or 1
+    gathers = _gathers(form, setup)
     return {
         ("reduce_scatter", axis): Sent(1, away * setup.gradient_size),
         ("all_gather", axis): Sent(gathers, gathers * away * setup.weight_size),
     }
+
+
+def _gathers(form: str, setup: Setup) -> int:
+    """How often a step gathers a parameter.
+
+    FSDP shards again after each backward, and under ZeRO-3 after each forward. In a pipeline not
+    after backwards: of ZeRO-3's every forward then gathers that follows no backward, and every
+    backward that follows a forward, which are one more than the microbatches in any order.
+    """
+    count = setup.num_microbatches
+    if setup.pp > 1:
+        return {"zero2": 1, "zero3": count + 1}.get(form, 1)
+    return {"zero2": count, "zero3": 2 * count}.get(form, 1)
