@@ -62,7 +62,7 @@ def test_the_order_of_methods_is_right_in_every_column(cells: list[dict[str, Any
 
 
 def test_what_does_not_fit(cells: list[dict[str, Any]]) -> None:
-    """Both runs that were out of memory; of those that ran, seven would have to recompute."""
+    """Both runs that were out of memory; of those that ran, six would have to recompute."""
     wrong = {(c["model"], c["method"], c["devices"], c["batch"]) for c in cells if not c["fits"]}
     assert wrong == {
         ("Llama3-8x70B", "FSDP", 256, 256),
@@ -73,7 +73,6 @@ def test_what_does_not_fit(cells: list[dict[str, Any]]) -> None:
         ("Qwen2-57B-A14B", "FSDP+EP", 64, 1024),
         ("Qwen2-57B-A14B", "FSDP+EP", 128, 1024),
         ("Qwen2-57B-A14B", "FSDP+EP", 256, 1024),
-        ("Qwen2-57B-A14B", "FSDP+EP", 512, 1024),
     }
     missing = {(c["model"], c["method"]) for c in cells if c["published"] is None}
     assert missing == {("Llama3-8x70B", "FSDP"), ("Llama3-8x70B", "TP+EP+DP")}

@@ -27,7 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 where a mapping fits, 1 where none does or something is wrong, 2 where the command line
         was wrong.
     """
-    options = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if words[:1] == ["calibrate"]:
+        chosen = _calibrate_parser().parse_args(words[1:])
+        return run_command(f"{_NAME} calibrate", lambda: _calibrate(chosen), debug=chosen.debug)
+    options = _parser().parse_args(words)
     return run_command(_NAME, lambda: _plan(options), debug=options.debug)
 
 
@@ -41,6 +45,30 @@ def _plan(options: argparse.Namespace) -> int:
     else:
         print(table(job, machine, found, options.top))
     return 0
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    # Torch is needed for this command alone.
+    from fivefold.parallel_core.planner.calibrate import calibrate, write_hardware
+
+    machine = calibrate(options.name or options.file.stem, options.ranks, options.repeats)
+    write_hardware(options.file, machine)
+    print(options.file.read_text(), end="")
+    return 0
+
+
+def _calibrate_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"{_NAME} calibrate",
+        description="Measure this machine (products, attention, memory, collectives over ranks of "
+        "it) and write it as a TOML file for --hardware.",
+    )
+    parser.add_argument("file", type=Path, help="the TOML file to write")
+    parser.add_argument("--name", help="of the machine in reports; the file's by default")
+    parser.add_argument("--ranks", type=_count, default=2, metavar="N", help="for collectives")
+    parser.add_argument("--repeats", type=_count, default=5, metavar="N", help="of every timing")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    return parser
 
 
 def _job(options: argparse.Namespace) -> Job:
@@ -67,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         prog=_NAME,
         description="All legal mappings of a model over a number of devices: those that fit, the "
         "fastest first by estimate, with the memory of the best term by term.",
+        epilog=f"`{_NAME} calibrate FILE.toml` measures the machine at hand for --hardware.",
     )
     parser.add_argument("model", help="a preset such as 175B or Mixtral-8x22B, or a TOML file")
     parser.add_argument("--devices", type=_count, required=True, metavar="N", help="in all")
