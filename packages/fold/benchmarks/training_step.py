@@ -33,6 +33,7 @@ from fivefold.fold.geometry.tables import tables
 from fivefold.fold.geometry.torsions import atom37_to_torsions
 from fivefold.fold.params.convert import to_flat
 from fivefold.fold.params.names import table
+from fivefold.parallel_core.files import write_json
 from fivefold.parallel_core.regions import recompute
 
 CROP, CLUSTERS, EXTRA, TEMPLATES, BLOCKS = 64, 32, 128, 4, 4
@@ -235,21 +236,11 @@ def memory_report(threads: int, checkout: Path) -> dict[str, object]:
     return {"peak_bytes": peaks, "memory_ratio": peaks["ours"] / peaks["reference"]}
 
 
-def main() -> None:
-    """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkout", type=Path, required=True, help="folder with its setup.py")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--no-memory", action="store_true", help="leave the peak of memory out")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+def time_report(threads: int, checkout: Path, rounds: int) -> dict[str, object]:
+    """Seconds of interleaved steps of both, and the ratio of their medians."""
+    torch.set_num_threads(threads)
     parameters = random_parameters()
-    steps = {
-        "ours": our_step(parameters),
-        "reference": reference_step(options.checkout, parameters),
-    }
+    steps = {"ours": our_step(parameters), "reference": reference_step(checkout, parameters)}
     losses = {}
     for name, step in steps.items():
         step.model.eval()  # type: ignore[attr-defined]
@@ -259,26 +250,41 @@ def main() -> None:
     if abs(losses["ours"] - losses["reference"]) > 1e-3 * abs(losses["reference"]):
         raise SystemExit(f"the networks differ: {losses}")
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(options.rounds):
+    for _ in range(rounds):
         for name, step in steps.items():
             start = time.perf_counter()
             step()
             seconds[name].append(time.perf_counter() - start)
     median = {name: statistics.median(each) for name, each in seconds.items()}
-    report = {
-        "threads": options.threads,
-        "torch": torch.__version__,
+    return {
         "loss": losses,
         "seconds": seconds,
         "median_seconds": median,
         "time_ratio": median["ours"] / median["reference"],
     }
-    if not options.no_memory:
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkout", type=Path, required=True, help="folder with its setup.py")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", choices=("time", "memory"), help="the default is both")
+    parser.add_argument("--output", type=Path, help="a file whose other half stays as it is")
+    options = parser.parse_args()
+    report: dict[str, object] = {}
+    if options.output and options.output.exists():
+        report = json.loads(options.output.read_text())
+    report |= {"threads": options.threads, "torch": torch.__version__}
+    if options.only != "memory":
+        report |= time_report(options.threads, options.checkout, options.rounds)
+    if options.only != "time":
         report |= memory_report(options.threads, options.checkout)
     text = json.dumps(report, indent=2)
     print(text)
     if options.output:
-        options.output.write_text(text + "\n")
+        write_json(options.output, report)
 
 
 if __name__ == "__main__":
