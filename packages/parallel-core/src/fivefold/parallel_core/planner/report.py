@@ -2,11 +2,15 @@
 
 from typing import Any
 
+from fivefold.parallel_core.planner import sensitivity
 from fivefold.parallel_core.planner.hardware import Hardware
 from fivefold.parallel_core.planner.jobs import Job
 from fivefold.parallel_core.planner.memory import GIB
 from fivefold.parallel_core.planner.search import Found, Plan, explain, pareto
 from fivefold.parallel_core.planner.setup import describe
+
+_LOOKED = 100
+"""Of the fastest plans, those that are looked at again under other conditions."""
 
 _TIMES = "Times and MFU are estimates, see the README for their errors; memory is counted."
 
@@ -24,7 +28,13 @@ def table(job: Job, machine: Hardware, found: Found, count: int) -> str:
     terms = shown[0].memory.terms
     lines += [f"{size / GIB:>9.2f} GiB  {name}" for name, size in terms.items()]
     if len(shown) > 1:
-        lines += ["", "The next: " + explain(*shown[:2])]
+        lines += ["", "The next: " + explain(shown[0], shown[1], job.model, machine)]
+    # Those of less memory too, for when there is less of it.
+    near = found.plans[:_LOOKED]
+    looked = [plan.setup for plan in near + [p for p in pareto(found.plans) if p not in near]]
+    told = sensitivity.lines(sensitivity.changes(job.model, looked, machine), looked[0])
+    lines += ["", f"What would change the choice, among {len(looked)} of the plans:"]
+    lines += [f"  {line}" for line in told]
     lines += ["", "Less memory for more time:"]
     lines += [_line(plan) for plan in pareto(found.plans)[1 : count + 1]]
     return "\n".join([*lines, "", _TIMES])

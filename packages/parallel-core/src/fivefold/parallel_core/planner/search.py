@@ -10,8 +10,11 @@ from fivefold.parallel_core.planner.jobs import Job, legal_setups
 from fivefold.parallel_core.planner.memory import StageMemory, fullest
 from fivefold.parallel_core.planner.models import ModelShape
 from fivefold.parallel_core.planner.nearest import require_legal
+from fivefold.parallel_core.planner.sensitivity import bytes_by_link
 from fivefold.parallel_core.planner.setup import Setup, describe
 from fivefold.parallel_core.planner.timing import StepTime, step_time
+
+_MESSAGES = "messages on "
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,17 +87,33 @@ def pareto(plans: Iterable[Plan]) -> list[Plan]:
     return found
 
 
-def explain(best: Plan, other: Plan) -> str:
-    """Where another plan spends the time that the best one saves, most first."""
+def explain(best: Plan, other: Plan, model: ModelShape, machine: Hardware) -> str:
+    """Where another plan spends the time that the best one saves, most first.
+
+    Of messages it tells the bytes that a rank sends in a step of the other plan and of the best,
+    and the link that they go over.
+    """
     mine, theirs = _spent(best.time), _spent(other.time)
     gaps = {name: theirs.get(name, 0.0) - mine.get(name, 0.0) for name in mine | theirs}
     order = sorted(gaps, key=lambda name: -abs(gaps[name]))
-    words = [f"{name} {1e3 * gaps[name]:+.1f} ms" for name in order if abs(gaps[name]) > 5e-5]
+    sent = [bytes_by_link(model, plan.setup, machine) for plan in (other, best)]
+    words = [
+        f"{name} {1e3 * gaps[name]:+.1f} ms{_bytes(name, *sent)}"
+        for name in order
+        if abs(gaps[name]) > 5e-5
+    ]
     seconds = 1e3 * (other.time.total - best.time.total)
     return f"{describe(other.setup)} takes {seconds:.1f} ms more: {', '.join(words) or 'no term'}"
 
 
+def _bytes(name: str, theirs: dict[str, str], mine: dict[str, str]) -> str:
+    axis = name.removeprefix(_MESSAGES)
+    if axis == name:
+        return ""
+    return f" ({theirs.get(axis, 'nothing')}, best {mine.get(axis, 'nothing')})"
+
+
 def _spent(time: StepTime) -> dict[str, float]:
-    messages = {f"messages on {axis}": seconds for axis, seconds in time.messages.items()}
+    messages = {f"{_MESSAGES}{axis}": seconds for axis, seconds in time.messages.items()}
     rest = {"compute": time.compute, "bubble": time.bubble, "optimizer": time.optimizer}
     return rest | messages
