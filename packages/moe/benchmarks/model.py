@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -88,9 +88,11 @@ def seconds(call: Callable[[], None]) -> float:
     return time.process_time() - start
 
 
-def compare(folder: str, dtype: torch.dtype, rounds: int) -> dict[str, float]:
+def compare(
+    folder: str, dtype: torch.dtype, rounds: int, backends: Sequence[str]
+) -> dict[str, float]:
     """The median of alternating calls of every model, in seconds."""
-    models = {name: load(folder, name, dtype) for name in ("fivefold", *BACKENDS)}
+    models = {name: load(folder, name, dtype) for name in ("fivefold", *backends)}
     spent: dict[str, list[float]] = {name: [] for name in models}
     for number in range(rounds + 1):
         ids = tokens()
@@ -138,6 +140,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--models", nargs="*", default=list(MODELS))
     parser.add_argument("--dtypes", nargs="*", default=list(DTYPES))
+    parser.add_argument("--backends", nargs="*", default=list(BACKENDS))
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
@@ -152,17 +155,19 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             MoEForCausalLM(MODELS[kind]).save_pretrained(folder)
             for dtype in options.dtypes:
-                records.append(record(kind, folder, dtype, options.rounds))
+                records.append(record(kind, folder, dtype, options.rounds, options.backends))
                 print(json.dumps(records[-1]), flush=True)
     if options.output:
         described = {"machine": machine(options.threads), "records": records}
         options.output.write_text(json.dumps(described, indent=1) + "\n")
 
 
-def record(kind: str, folder: str, dtype: str, rounds: int) -> dict[str, Any]:
+def record(
+    kind: str, folder: str, dtype: str, rounds: int, backends: Sequence[str]
+) -> dict[str, Any]:
     """One model in one dtype."""
-    times = compare(folder, DTYPES[dtype], rounds)
-    fastest = min(BACKENDS, key=times.__getitem__)
+    times = compare(folder, DTYPES[dtype], rounds, backends)
+    fastest = min(backends, key=times.__getitem__)
     ours, theirs = (peak(folder, name, dtype) for name in ("fivefold", fastest))
     return {
         "model": kind,
