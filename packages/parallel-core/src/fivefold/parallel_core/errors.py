@@ -21,6 +21,10 @@ class CheckpointError(ParallelError, RuntimeError):
     """A checkpoint that is missing, incomplete, damaged or of another shape."""
 
 
+class LoaderError(ParallelError, RuntimeError):
+    """A sample that its worker could not make, by name, or a loader that has ended."""
+
+
 class RankError(ParallelError, RuntimeError):
     """A rank of a job that failed or died; carries the rank's own traceback.
 
