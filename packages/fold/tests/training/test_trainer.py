@@ -191,3 +191,10 @@ def test_ranks_that_share_samples_train_as_one(config: RunConfig) -> None:
     assert [step for step, _ in ranks[0][2]] == [step for step, _ in told]
     for (_, measured), (_, of_one) in zip(ranks[0][2], told, strict=True):
         assert measured == pytest.approx(of_one, rel=1e-9, abs=1e-12)
+
+
+def test_waiting_for_samples_is_a_part_of_the_step(config: RunConfig) -> None:
+    trainer, measured = make_trainer(config, Topology.local(), None), []
+    trainer.report = lambda step, values: measured.append(values)
+    trainer.train_step()
+    assert 0 < measured[0]["waiting_seconds"] < measured[0]["seconds"]

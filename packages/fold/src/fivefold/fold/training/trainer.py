@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
@@ -78,6 +79,7 @@ class FoldTrainer(Loop):
         self.average = MovingAverage(self.pieces) if training.ema_decay is not None else None
         self._heldout_totals = Totals(self.topology.world)
         self._first = self.topology.rank(AXIS) == 0
+        self._waited = 0.0
 
     def parts(self) -> dict[str, TensorPart]:
         """See ``Loop.parts``; with the moving average."""
@@ -93,7 +95,10 @@ class FoldTrainer(Loop):
         """See ``Loop.backward``: sums over samples of the loss, its terms and lDDT-CA."""
         gather_mains(self.network)
         sums: dict[str, Tensor] = {}
-        for sample in self.samples.of(self.step):
+        start = time.perf_counter()
+        samples = self.samples.of(self.step)
+        self._waited = time.perf_counter() - start
+        for sample in samples:
             self._say(f"left out of sample {sample.number}", sample.problems)
             # What dropout draws follows from the sample alone, wherever and whenever it is used.
             torch.manual_seed(seed_of(self.run.training.seed, sample.number))
@@ -141,11 +146,12 @@ class FoldTrainer(Loop):
         return {name: value.detach().double() for name, value in told.items()}
 
     def describe(self, sums: Mapping[str, Tensor], seconds: float) -> dict[str, float]:
-        """See ``Loop.describe``: means over samples, and samples a second."""
+        """See ``Loop.describe``: means over samples, samples a second, and what rank 0 waited."""
         size = self.run.training.global_batch_size
         means = {name: float(value) / size for name, value in sums.items() if name != "unusable"}
         unusable = {"unusable_chains": float(sums["unusable"])} if sums["unusable"] > 0 else {}
-        return {**means, **unusable, "samples_per_second": size / seconds}
+        times = {"waiting_seconds": self._waited, "samples_per_second": size / seconds}
+        return {**means, **unusable, **times}
 
     def after_update(self, sums: Mapping[str, Tensor]) -> None:
         """See ``Loop.after_update``: the average follows."""
