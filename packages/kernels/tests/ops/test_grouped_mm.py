@@ -93,7 +93,7 @@ def by_loop() -> Iterator[None]:
 @pytest.mark.usefixtures("by_loop")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("inner", "outer"), [(16, 8), (15, 7), (1, 1)], ids=str)
-@pytest.mark.parametrize("counts", [[9, 0, 17, 40, 3, 8], [0, 7, 0], [33]], ids=str)
+@pytest.mark.parametrize("counts", [[9, 0, 17, 40, 3, 8], [0, 7, 0], [33], [300, 5, 530]], ids=str)
 def test_loop(counts: list[int], inner: int, outer: int, dtype: torch.dtype) -> None:
     """In any sizes; what follows a group changes none of its numbers, and gets zeros at the end."""
     x, weight, offs = operands(counts, inner, outer, dtype)
@@ -113,10 +113,31 @@ def test_loop(counts: list[int], inner: int, outer: int, dtype: torch.dtype) -> 
 
 
 def test_groups_have_few_sizes() -> None:
-    sizes = [loop.few_sizes(count) for count in range(4096)]
-    assert all(count <= size for count, size in enumerate(sizes)) and sizes[:8] == [*range(8)]
-    assert all(size - count < max(16, count / 15) for count, size in enumerate(sizes))
-    assert len(set(sizes[128:512])) <= 25 and len(set(sizes)) < 100
+    rows = [loop.few_sizes(count) for count in range(loop.MOST_ROWS + 1)]
+    assert set(rows[8:]) == {16, 32, 48, 64, 96, 128, 160, 192, 224, 256}
+    sums = [loop.few_sums(count) for count in range(4096)]
+    assert all(size - count < max(16, count / 7) for count, size in enumerate(sums))
+    assert len(set(sums[128:1024])) <= 25 and len(set(sums)) < 60
+    for sizes in (rows, sums):
+        assert all(count <= size for count, size in enumerate(sizes))
+        assert sizes[:8] == [*range(8)]
+
+
+@pytest.mark.usefixtures("by_loop")
+def test_products_have_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the routing, also of the last group."""
+    sizes = set()
+
+    def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        sizes.add(len(a))
+        return torch.mm(a, b, out=out)
+
+    monkeypatch.setattr(loop, "_product", product)
+    for counts in ([301, 270, 267], [280, 290, 601], [555, 300, 31]):
+        x, weight, offs = operands(counts, 16, 8)
+        found = loop.grouped_mm(x.detach(), weight.detach().mT, offs)
+        assert_close("y", found, gathered(x.detach(), weight.detach(), offs), x.dtype)
+    assert sizes == {16, 32, 48, 96, 256}
 
 
 @pytest.mark.usefixtures("by_loop")

@@ -2,8 +2,9 @@
 
 oneDNN compiles code for every size of a product: half a millisecond and half a megabyte each,
 which is as long as the product of an expert's 256 rows takes. Routers give each expert another
-number of rows every time, so rows are rounded up to few sizes: with the rows that follow, whose
-results are overwritten by their own, or with zeros where rows are summed over.
+number of rows every time, so rows are taken 256 at a time and the rest rounded up to few sizes:
+with the rows that follow, whose results are overwritten by their own. Where rows are summed over,
+all are, and zeros are added.
 
 Legend: T the ragged dim, E groups, K and M and N the others.
 """
@@ -15,6 +16,9 @@ from torch import Tensor
 from fivefold.kernels.ops.grouped_mm.check import spans
 from fivefold.kernels.ops.linear import aten
 from fivefold.kernels.ops.linear.op import FEWEST_ROWS, mkl_is_slow
+
+MOST_ROWS = 256
+"""In one product: as fast as more of them."""
 
 
 def faster(x: Tensor) -> bool:
@@ -31,15 +35,16 @@ def grouped_mm(mat_a: Tensor, mat_b: Tensor, offs: Tensor) -> Tensor:
     size = mat_a.shape[0]
     y = mat_a.new_empty(size, mat_b.shape[2])
     groups = spans(offs, size)
-    for group, (start, end) in enumerate(groups):
-        if start == end:
-            continue
-        stop = start + few_sizes(end - start)
-        if stop <= size:
-            _product(mat_a[start:stop], mat_b[group], y[start:stop])
-        else:
-            # Nothing follows that could be taken instead of what stands before.
-            _product(mat_a[start:end], mat_b[group], y[start:end])
+    for b_kn, (start, end) in zip(mat_b, groups, strict=True):
+        for first in range(start, end, MOST_ROWS):
+            last = min(first + MOST_ROWS, end)
+            count = few_sizes(last - first)
+            if first + count <= size:
+                _product(mat_a[first : first + count], b_kn, y[first : first + count])
+            else:
+                # Nothing follows: what stands before is taken, whose results are there already.
+                before = max(last - count, 0)
+                y[first:last] = _product(mat_a[before:last], b_kn)[first - before :]
     y[groups[-1][1] :] = 0
     return y
 
@@ -52,7 +57,7 @@ def grouped_outer(mat_a: Tensor, mat_b: Tensor, offs: Tensor) -> Tensor:
             part.zero_()
             continue
         a_mt, b_tn = mat_a[:, start:end], mat_b[start:end]
-        more = few_sizes(end - start) - (end - start)
+        more = few_sums(end - start) - (end - start)
         if more:
             a_mt, b_tn = F.pad(a_mt.t(), (0, 0, 0, more)).t(), F.pad(b_tn, (0, 0, 0, more))
         _product(a_mt, b_tn, part)
@@ -60,15 +65,23 @@ def grouped_outer(mat_a: Tensor, mat_b: Tensor, offs: Tensor) -> Tensor:
 
 
 def few_sizes(count: int) -> int:
-    """``count`` rounded up to one of few sizes, by at most a sixteenth from 256 on."""
+    """Up to ``MOST_ROWS`` rows, rounded up to one of ten sizes and what oneDNN does not do."""
     if count < FEWEST_ROWS:
         return count
-    step = 1 << max(4, count.bit_length() - 5)
+    step = 16 if count <= 64 else 32
     return -(-count // step) * step
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    if a.dtype == torch.float32 and min(a.shape) >= FEWEST_ROWS:
-        out.copy_(aten.linear_forward(a, b.t(), None))
-    else:
-        torch.mm(a, b, out=out)
+def few_sums(count: int) -> int:
+    """Rows to sum over, rounded up by at most an eighth from 128 on."""
+    if count < FEWEST_ROWS:
+        return count
+    step = 1 << max(4, count.bit_length() - 4)
+    return -(-count // step) * step
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    if a.dtype != torch.float32 or min(a.shape) < FEWEST_ROWS:
+        return torch.mm(a, b, out=out)
+    y = aten.linear_forward(a, b.t(), None)
+    return y if out is None else out.copy_(y)
