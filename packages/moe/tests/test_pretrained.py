@@ -67,9 +67,14 @@ def test_there_and_back(
     last = MoEForCausalLM.from_pretrained(tmp_path / "c")
     assert all(map(torch.equal, ours.parameters(), last.parameters()))
     x = torch.randint(48, (2, 7))
-    tolerance = 2e-5 if dtype is torch.float32 else 0.1
     with torch.no_grad():
-        assert (last(x) - theirs(x).logits).abs().max() <= tolerance
+        found, wanted = last(x).double(), theirs(x).logits.double()
+        exact = last.double()(x)
+    # Rounding is as large as theirs; the median, since a token or two may be routed elsewhere.
+    errors = [(logits - exact).abs().median() for logits in (found, wanted)]
+    assert errors[0] <= 1.5 * errors[1] < 0.05
+    if dtype is torch.float32:
+        assert (found - wanted).abs().max() <= 2e-5
 
 
 def test_files_of_a_save(saved: Path) -> None:

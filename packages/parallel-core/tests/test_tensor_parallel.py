@@ -439,3 +439,40 @@ def test_a_group_with_some_biases_is_refused() -> None:
     mixed = LinearGroup({"a": nn.Linear(H, 8), "b": nn.Linear(H, 8, bias=False)})
     with pytest.raises(ValueError, match="all have a bias, or none"):
         ColumnParallelLinears.of(mixed, axis, True)(torch.randn(B, S, H))
+
+
+# ---- how layers multiply -------------------------------------------------------------------
+
+
+class Counted(nn.Linear):
+    """A linear that has a way of its own to multiply."""
+
+    calls = 0
+
+    @staticmethod
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        Counted.calls += 1
+        return F.linear(x, weight, bias)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "calls"),
+    [
+        (lambda: Counted(H, 8), ColumnParallelLinears, 1),
+        (lambda: LinearGroup({"a": Counted(H, 8), "b": Counted(H, 4)}), ColumnParallelLinears, 2),
+        (lambda: Counted(H, 8, bias=False), RowParallelLinear, 1),
+    ],
+    ids=["column", "group", "row"],
+)
+def test_layers_multiply_as_the_linears_that_they_were(
+    make: Callable[[], nn.Module],
+    kind: type[ColumnParallelLinears] | type[RowParallelLinear],
+    calls: int,
+) -> None:
+    layer, x = make(), torch.randn(B, S, H)
+    expected = as_tuple(layer(x))
+    split = kind.of(layer, Topology.local().axis("tp"), sequence=False)
+    before = Counted.calls
+    for found, wanted in zip(as_tuple(split(x)), expected, strict=True):
+        assert torch.equal(found, wanted)
+    assert Counted.calls == before + calls

@@ -57,7 +57,9 @@ def test_a_run_names_what_it_leaves_out_and_leaves_a_network(
 ) -> None:
     assert main(["train", "--config", "run.toml", "--run", "r", "--nproc", "2"]) == 0
     told = capsys.readouterr().out
-    assert "left out 9bad" in told and "left out 1kd8_A" in told and "empty" in told
+    assert "left out 9bad.cif: 9bad.cif is damaged" in told
+    assert "1kd8_A: left out: alignments/1kd8_A/empty.a3m cannot be read" in told
+    assert "1kd8_A: no alignment; the chain is its own" in told
     assert "1ubq_A: no alignment" in told and "1kd8_B: unknown residues at 1" in told
     assert "1 held-out ones to score, 2 ranks" in told
     records = read_jsonl("r/metrics.jsonl")

@@ -6,8 +6,15 @@ from fivefold.kernels.ops.linear import linear
 
 
 class Linear(nn.Linear):
-    """``torch.nn.Linear`` by ``fivefold.kernels.linear``, the fastest product at hand."""
+    """``torch.nn.Linear`` by ``fivefold.kernels.linear``, the fastest product at hand.
+
+    Attributes:
+        product: input, weight and bias to the result; what makes another layer of this one, such
+            as a plan for many ranks, multiplies by it too.
+    """
+
+    product = staticmethod(linear)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        return linear(input, self.weight, self.bias)
+        return self.product(input, self.weight, self.bias)

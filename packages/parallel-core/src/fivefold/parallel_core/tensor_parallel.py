@@ -4,6 +4,7 @@ Shapes: b batch, s sequence (whole or this rank's part, as said), h input featur
 features of this rank, v vocabulary of this rank.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,16 @@ from fivefold.parallel_core.ledger import labelled
 from fivefold.parallel_core.linear_group import LinearGroup
 from fivefold.parallel_core.losses import CrossEntropy
 from fivefold.parallel_core.topology import Axis
+
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""``torch.nn.functional.linear`` or what takes its place."""
+
+
+def product_of(module: nn.Module) -> Product:
+    """How a linear, or the first of a group, multiplies: by its ``product``, else as torch does."""
+    first = next(iter(module.children())) if isinstance(module, LinearGroup) else module
+    product: Product = getattr(first, "product", F.linear)
+    return product
 
 
 class _GatheredLinears(torch.autograd.Function):
@@ -72,12 +83,14 @@ class ColumnParallelLinears(nn.Module):
     def __init__(self, axis: Axis, sequence: bool, single: bool):
         super().__init__()
         self.axis, self.sequence, self.single = axis, sequence, single
+        self.product: Product = F.linear
 
     @classmethod
     def of(cls, module: nn.Module, axis: Axis, sequence: bool) -> "ColumnParallelLinears":
         """From an ``nn.Linear`` or a ``LinearGroup`` whose parameters are already local."""
         single = not isinstance(module, LinearGroup)
         parallel = cls(axis, sequence, single)
+        parallel.product = product_of(module)
         if single:
             parallel.weight, parallel.bias = module.weight, module.bias
         else:
@@ -96,7 +109,7 @@ class ColumnParallelLinears(nn.Module):
             out = _GatheredLinears.apply(x_bsh, self.axis, len(weights), *weights, *biases)
         else:
             x_bsh = copy(x_bsh, self.axis)
-            out = tuple(F.linear(x_bsh, linear.weight, linear.bias) for linear in linears)
+            out = tuple(self.product(x_bsh, linear.weight, linear.bias) for linear in linears)
         return out[0] if self.single else out
 
 
@@ -107,18 +120,21 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self.weight, self.bias = weight, bias
         self.axis, self.sequence = axis, sequence
+        self.product: Product = F.linear
 
     @classmethod
     def of(cls, module: nn.Module, axis: Axis, sequence: bool) -> "RowParallelLinear":
         """From an ``nn.Linear`` whose weight is already local."""
-        return cls(module.get_parameter("weight"), module.bias, axis, sequence)  # type: ignore[arg-type]
+        parallel = cls(module.get_parameter("weight"), module.bias, axis, sequence)  # type: ignore[arg-type]
+        parallel.product = product_of(module)
+        return parallel
 
     def forward(self, x_bsi: Tensor) -> Tensor:
         """(B, S, i) of this rank's features to (B, S/tp, o) under sequence parallelism.
 
         Without it, to (B, S, o), the same on every rank.
         """
-        y = F.linear(x_bsi, self.weight)
+        y = self.product(x_bsi, self.weight, None)
         y = reduce_scatter(y, self.axis, 1) if self.sequence else all_reduce(y, self.axis)
         return y if self.bias is None else y + self.bias
 
